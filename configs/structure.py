@@ -1,0 +1,53 @@
+"""From nested plain data to frozen config dataclasses and back. Standard library only: exported models carry this file.
+
+A slot is any class with `of_kind`; its data is a mapping whose `kind` picks the dataclass.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def is_slot(annotation: Any) -> bool:
+    return isinstance(annotation, type) and hasattr(annotation, "of_kind") and not hasattr(annotation, "kind")
+
+
+def without_none(annotation: Any) -> Any:
+    """`X | None` becomes X; anything else stays."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        rest = [a for a in typing.get_args(annotation) if a is not type(None)]
+        return rest[0] if len(rest) == 1 else annotation
+    return annotation
+
+
+def instantiate(annotation: Any, data: Any) -> Any:
+    """Build `annotation` (a dataclass, slot, dict of them, or leaf type) from plain data that is known to be valid."""
+    annotation = without_none(annotation)
+    if data is None or dataclasses.is_dataclass(data):
+        return data
+    if is_slot(annotation):
+        cls = annotation.of_kind(data["kind"])
+        return instantiate(cls, {key: value for key, value in data.items() if key != "kind"})
+    if dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation)
+        return annotation(**{key: instantiate(hints[key], value) for key, value in data.items()})  # type: ignore[operator]
+    if typing.get_origin(annotation) is dict:
+        return {key: instantiate(typing.get_args(annotation)[1], value) for key, value in data.items()}
+    if typing.get_origin(annotation) is tuple:
+        return tuple(instantiate(typing.get_args(annotation)[0], value) for value in data)
+    return data
+
+
+def to_plain(value: Any) -> Any:
+    """The inverse of `instantiate`: mappings, lists and scalars, with every default written out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        plain = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": value.kind, **plain} if hasattr(value, "kind") else plain  # type: ignore[attr-defined]
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""What is computed: single-process code without process groups, devices or I/O."""

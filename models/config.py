@@ -1,0 +1,77 @@
+"""The model's config: widths, a layer pattern, and one plug-in per slot."""
+
+import dataclasses
+
+from models.plugin import Plugin
+from models.slots import (
+    DepthConfig,
+    FFNConfig,
+    LayerContext,
+    MixerConfig,
+    NormConfig,
+    ResidualConfig,
+    ScalingConfig,
+    ShortcutConfig,
+    ValuesConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """One letter of the pattern."""
+
+    mixer: MixerConfig
+    ffn: FFNConfig
+    norm: NormConfig | None = None
+
+
+def default(slot: type[Plugin], kind: str):
+    return dataclasses.field(default_factory=lambda: slot.of_kind(kind)())
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig:
+    """A language model.
+
+    pattern: one letter per layer, each a key of `layers`, the whole repeated `repeat` times: "GGGA" x 6 is 24 layers.
+    norm: of every layer that names none of its own, and of the embedding and the head.
+    """
+
+    vocab_size: int
+    d_model: int
+    layers: dict[str, LayerConfig]
+    pattern: str
+    repeat: int = 1
+    residual: ResidualConfig = default(ResidualConfig, "plain")
+    values: ValuesConfig = default(ValuesConfig, "own")
+    norm: NormConfig = default(NormConfig, "pre")
+    shortcut: ShortcutConfig = default(ShortcutConfig, "none")
+    scaling: ScalingConfig = default(ScalingConfig, "none")
+    depth: DepthConfig = default(DepthConfig, "full")
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "repeat"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if wrong := [key for key in self.layers if len(key) != 1]:
+            raise ValueError(f"layers has the key {wrong[0]!r}; keys are single letters, used in pattern")
+        if not self.pattern:
+            raise ValueError("pattern is empty; write one letter per layer, such as GGGA")
+        if missing := [letter for letter in self.pattern if letter not in self.layers]:
+            raise ValueError(
+                f"pattern {self.pattern!r} uses {missing[0]!r}, which layers does not define; "
+                f"layers defines {', '.join(self.layers)}"
+            )
+        if unused := [key for key in self.layers if key not in self.pattern]:
+            raise ValueError(f"layers defines {unused[0]!r}, which pattern {self.pattern!r} never uses; remove one or use it")
+
+    @property
+    def expanded(self) -> tuple[LayerConfig, ...]:
+        """The config of every layer, in order."""
+        return tuple(self.layers[letter] for letter in self.pattern * self.repeat)
+
+    def context(self, index: int) -> LayerContext:
+        layers = self.expanded
+        norm = layers[index].norm or self.norm
+        return LayerContext(self.d_model, index, layers, norm.eps, self.residual.output_gain())

@@ -1,0 +1,13 @@
+"""Every layer runs for every token."""
+
+import dataclasses
+
+from models.slots import DepthConfig, DepthControl, LayerContext
+
+
+@dataclasses.dataclass(frozen=True)
+class FullDepth(DepthConfig, kind="full"):
+    """No gates."""
+
+    def build(self, ctx: LayerContext) -> DepthControl:
+        return DepthControl()

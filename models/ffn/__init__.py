@@ -1,0 +1,1 @@
+"""Channel mixers: how information moves across channels."""

@@ -1,0 +1,41 @@
+"""SwiGLU: W_down (silu(W_gate x) * W_up x) (Shazeer, arXiv 2002.05202).
+
+Shape suffixes: B batch, T sequence, D model width.
+"""
+
+import dataclasses
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.params import Axis, Linear, Normal
+from models.slots import FFN, FFNConfig, LayerContext
+from models.state import Result, Side, State
+
+
+@dataclasses.dataclass(frozen=True)
+class SwiGLUConfig(FFNConfig, kind="swiglu"):
+    """hidden: width between the projections; about 8/3 of the model width gives the parameters of a 4x MLP."""
+
+    hidden: int
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1:
+            raise ValueError(f"hidden is {self.hidden}; it must be at least 1")
+
+    def build(self, ctx: LayerContext) -> FFN:
+        return SwiGLU(ctx.d_model, self.hidden, ctx.output_init)
+
+
+class SwiGLU(FFN):
+    """Columns of gate and up, rows of down are split over tensor ranks; the output is then a partial sum."""
+
+    def __init__(self, d_model: int, hidden: int, output_init: Normal) -> None:
+        super().__init__()
+        axis = Axis("ffn", hidden)
+        self.gate = Linear(d_model, hidden, axis=axis)
+        self.up = Linear(d_model, hidden, axis=axis)
+        self.down = Linear(hidden, d_model, in_axis=axis, init=output_init)
+
+    def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
+        return Result(self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD)))

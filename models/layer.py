@@ -1,0 +1,145 @@
+"""One layer: a mixer sublayer and an FFN sublayer over the state, under one depth gate.
+
+Shape suffixes: B batch, T sequence, D model width, H heads, V value width.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from models.config import LMConfig
+from models.slots import FFN, Cache, Connection, DepthControl, Mixer, Placement, Values
+from models.state import KEY_GATE, Entry, Result, Side, State, Views
+
+Core = Callable[[dict[str, Tensor], dict[str, Tensor], Side, Cache | None], tuple[Tensor, Cache | None]]
+
+
+class Boundary:
+    """What happens to tensors that enter and leave a branch. This one: nothing; `parallel/` has others."""
+
+    def enter(self, views: Views, inputs: State) -> tuple[Views, State]:
+        return views, inputs
+
+    def exit(self, out_BTD: Tensor) -> Tensor:
+        return out_BTD
+
+    def side(self, side: Side) -> Side:
+        return side
+
+
+class LocalCore:
+    """Runs a mixer's core where it is; the context-parallel one exchanges heads for tokens around it."""
+
+    def __call__(
+        self, core: Core, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
+        return core(heads, weights, side, cache)
+
+
+class MixerBranch(nn.Module):
+    """project -> values -> core -> merge."""
+
+    def __init__(self, mixer: Mixer, values: Values) -> None:
+        super().__init__()
+        self.mixer, self.values = mixer, values
+        self.run_core = LocalCore()
+        self.entry = "gathered"
+        self.reads, self.writes, self.has_losses = values.reads, values.writes, False
+
+    def forward(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
+        heads, kept = self.mixer.project(views, side)
+        heads["v"], writes = self.values(heads["v"], inputs)
+        if KEY_GATE in inputs:
+            heads[KEY_GATE] = inputs[KEY_GATE]
+        out_BTHV, cache = self.run_core(self.mixer.core, heads, self.mixer.core_weights(), whole, cache)
+        return Result(self.mixer.merge(out_BTHV, kept), writes, cache=cache)
+
+
+class FFNBranch(nn.Module):
+    """An FFN as a branch."""
+
+    def __init__(self, ffn: FFN) -> None:
+        super().__init__()
+        self.ffn = ffn
+        self.entry = ffn.entry
+        self.reads, self.writes, self.has_losses = ffn.reads, ffn.writes, ffn.has_losses
+
+    def forward(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
+        return self.ffn(views.q_BTD, inputs, side)
+
+
+class Sublayer(nn.Module):
+    """read -> norm -> branch -> norm -> write. `boundary` and `row` are where tensor parallelism takes hold."""
+
+    def __init__(
+        self, connection: Connection, placement: Placement, branch: MixerBranch | FFNBranch, scaling: nn.Module
+    ) -> None:
+        super().__init__()
+        self.connection, self.placement, self.branch, self.scaling = connection, placement, branch, scaling
+        self.boundary = Boundary()
+        self.reads = (*connection.reads, *branch.reads)
+        self.writes = (*connection.writes, *branch.writes)
+
+    def forward(
+        self, state: State, side: Side, local: Side, gate_BT: Tensor | None, key_gate: bool, cache: Cache | None
+    ) -> tuple[State, Result]:
+        views, kept = self.connection.read(state)
+        inputs = {name: state[name] for name in self.branch.reads}
+        if gate_BT is not None and key_gate:
+            inputs[KEY_GATE] = gate_BT
+        views, inputs = self.boundary.enter(self.placement.before(views), inputs)
+        result = self.branch(views, inputs, self.boundary.side(local), side, cache)
+        out_BTD = self.scaling(self.placement.after(self.boundary.exit(result.out_BTD)))
+        if gate_BT is not None:
+            out_BTD = out_BTD * gate_BT[..., None].to(out_BTD.dtype)
+        return {**self.connection.write(state, kept, out_BTD), **result.writes}, result
+
+
+class Extras(NamedTuple):
+    """What a layer returns beside the state."""
+
+    losses: dict[str, Tensor]
+    stats: dict[str, Tensor]
+    cache: Cache | None
+
+
+class Layer(nn.Module):
+    """Layer `index` of the model, built from its config. `keep`: the entries that later layers still read."""
+
+    def __init__(self, config: LMConfig, index: int) -> None:
+        super().__init__()
+        ctx, own = config.context(index), config.expanded[index]
+        norm = own.norm or config.norm
+        self.index = index
+        self.depth: DepthControl = config.depth.build(ctx)
+        mixer = own.mixer.build(ctx)
+        branches: dict[str, MixerBranch | FFNBranch] = {
+            "mixer": MixerBranch(mixer, config.values.build(ctx, mixer.value_shape)),
+            "ffn": FFNBranch(own.ffn.build(ctx)),
+        }
+        for name in ("mixer", "ffn"):
+            connection = config.residual.connect(ctx, name, config.shortcut.build(ctx))
+            placement = norm.build(config.d_model, connection.num_views)
+            setattr(self, name, Sublayer(connection, placement, branches[name], config.scaling.build(ctx)))
+        self.mixer: Sublayer
+        self.ffn: Sublayer
+        self.key_gate = own.mixer.key_gate
+        self.keep: frozenset[str] = frozenset()
+
+    def events(self) -> list[tuple[tuple[str, ...], tuple[Entry, ...]]]:
+        """(entries read, entries written) of each step, in order."""
+        return [
+            (self.depth.reads, self.depth.writes),
+            (self.mixer.reads, self.mixer.writes),
+            (self.ffn.reads, self.ffn.writes),
+        ]
+
+    def forward(self, state: State, side: Side, local: Side, cache: Cache | None = None) -> tuple[State, Extras]:
+        peek_BTD = self.mixer.connection.peek(state)
+        gate_BT, writes, losses, stats = self.depth(peek_BTD, {k: state[k] for k in self.depth.reads}, local)
+        state, mixed = self.mixer({**state, **writes}, side, local, gate_BT, self.key_gate, cache)
+        state, channel = self.ffn(state, side, local, gate_BT, False, None)
+        losses = {**losses, **mixed.losses, **channel.losses}
+        stats = {**{f"depth.{k}": v for k, v in stats.items()}, **{f"ffn.{k}": v for k, v in channel.stats.items()}}
+        return {name: x for name, x in state.items() if name in self.keep}, Extras(losses, stats, mixed.cache)

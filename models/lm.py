@@ -1,0 +1,147 @@
+"""The language model: embedding, layers over a state, head. Knows nothing of processes or devices.
+
+Parts outside a pipeline stage are None, and forward passes through them; layers keep their global index as name.
+Shape suffixes: B batch, T sequence, D model width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from models.config import LMConfig
+from models.layer import Layer
+from models.loss import Embedding, Head, count_targets
+from models.rules import check
+from models.slots import Cache
+from models.state import Entry, Layout, Side, State
+
+LOSSES = Entry("losses", (1,), Layout.PER_RANK)
+
+
+@dataclasses.dataclass
+class Output:
+    """What `LM.forward` returns.
+
+    loss: this rank's share of the sum over tokens of all losses (with targets). token_loss: the cross-entropy part,
+    detached. count: this rank's valid targets. losses, stats: detached sums by name. logits: without targets.
+    state: when the head lies on a later stage. cache: by layer, when decoding.
+    """
+
+    loss: Tensor | None = None
+    token_loss: Tensor | None = None
+    count: Tensor | None = None
+    losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    stats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    logits: Tensor | None = None
+    state: State | None = None
+    cache: dict[str, Cache] | None = None
+
+
+def whole(side: Side) -> Side:
+    return side
+
+
+class LM(nn.Module):
+    """Build with parameters on the meta device (`with torch.device("meta")`), then initialise; see `models.params`."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        check(config)
+        self.config = config
+        d_model, depth = config.d_model, len(config.expanded)
+        self.embed: Embedding | None = Embedding(config.vocab_size, d_model)
+        self.embed_norm: nn.Module | None = config.norm.embedding(d_model)
+        self.opener = config.residual.open(d_model)
+        self.layers = nn.ModuleDict({str(index): Layer(config, index) for index in range(depth)})
+        self.closer = config.residual.close(d_model, depth)
+        self.norm: nn.Module | None = config.norm.final(d_model)
+        self.head: Head | None = Head(config.vocab_size, d_model, tied=config.tie_embeddings)
+        self.shard: Callable[[Side], Side] = whole
+        self.boundaries = self._boundaries()
+
+    def _boundaries(self) -> list[list[Entry]]:
+        """The entries alive before layer 0, 1, ..., and after the last: those that are read before they are written."""
+        layers: list[Layer] = list(self.layers.values())  # type: ignore[arg-type]
+        live: list[set[str]] = [set(self.closer.reads)]
+        for layer in reversed(layers):
+            alive = set(live[0])
+            for reads, writes in reversed(layer.events()):
+                alive = (alive - {entry.name for entry in writes}) | set(reads)
+            live.insert(0, alive)
+        for layer, alive in zip(layers, live[1:], strict=True):
+            layer.keep = frozenset(alive)
+        known = {entry.name: entry for entry in self.opener.writes}
+        boundaries = [[entry for name, entry in known.items() if name in live[0]]]
+        has_losses = False
+        for layer, alive in zip(layers, live[1:], strict=True):
+            known |= {entry.name: entry for _, writes in layer.events() for entry in writes}
+            has_losses |= layer.ffn.branch.has_losses or layer.depth.has_losses
+            boundary = [entry for name, entry in known.items() if name in alive]
+            boundaries.append([*boundary, LOSSES] if has_losses else boundary)
+        return boundaries
+
+    @property
+    def head_weight(self) -> Tensor:
+        assert self.head is not None
+        if "weight" in self.head.__dict__.get("param_specs", {}):
+            return self.head.weight  # type: ignore[return-value]
+        assert self.embed is not None, "a tied head needs the embedding or a copy of it"
+        return self.embed.weight  # type: ignore[return-value]
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        documents_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        state: State | None = None,
+        cache: dict[str, Cache] | None = None,
+    ) -> Output:
+        """Run the parts that are present.
+
+        tokens_BT, targets_BT (-100: no target), documents_BT (-1: padding), positions_BT (default: the index in the
+        row): int64, the whole sequence on every stage and rank. state: from the previous stage. cache: {} to start
+        decoding (with positions_BT), then what the last call returned.
+        """
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        side = Side(tokens_BT, positions_BT, documents_BT)
+        local = self.shard(side)
+        if self.embed is not None and self.embed_norm is not None:
+            state = self.opener(self.embed_norm(self.embed(local.tokens_BT)))
+        assert state is not None, "a stage without the embedding needs the previous stage's state"
+        state = dict(state)
+        total = state.pop(LOSSES.name, None)
+        out = Output(cache=None if cache is None else {})
+        for name, layer in self.layers.items():
+            state, extras = layer(state, side, local, None if cache is None else cache.get(name, {}))
+            for key, loss in extras.losses.items():
+                total = loss.reshape(1) if total is None else total + loss.reshape(1)
+                out.losses[key] = out.losses.get(key, 0) + loss.detach()
+            out.stats |= {f"layers.{name}.{key}": value for key, value in extras.stats.items()}
+            if out.cache is not None and extras.cache is not None:
+                out.cache[name] = extras.cache
+        if self.head is None or self.norm is None:
+            out.state = state if total is None else {**state, LOSSES.name: total}
+            return out
+        h_BTD = self.norm(self.closer(state))
+        if targets_BT is None:
+            out.logits = self.head(h_BTD, self.head_weight, None)
+            return out
+        if local.window is not None:
+            targets_BT = targets_BT.narrow(1, *local.window)
+        out.loss = self.head(h_BTD, self.head_weight, targets_BT)
+        out.token_loss, out.count = out.loss.detach(), count_targets(targets_BT)
+        if total is not None:
+            out.loss = out.loss + total[0]
+        return out
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Hand each layer its statistics of the whole step (bias balancing)."""
+        for name, layer in self.layers.items():
+            prefix = f"layers.{name}.ffn."
+            own = {key.removeprefix(prefix): value for key, value in stats.items() if key.startswith(prefix)}
+            layer.ffn.branch.ffn.after_step(own)

@@ -1,0 +1,1 @@
+"""Sequence mixers: how information moves along the sequence."""

@@ -1,0 +1,141 @@
+"""Softmax attention: grouped queries, rotary positions, optional QK-norm, sliding window and output gate.
+
+Shape suffixes: B batch, T queries, S keys, D model width, H query heads, J key/value heads, K key and V value head width.
+"""
+
+import dataclasses
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.params import Axis, Linear, RMSNorm
+from models.rope import angles, rotate_half, rotate_interleaved
+from models.slots import Cache, LayerContext, Mixer, MixerConfig
+from models.state import KEY_GATE, Side, Views
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(MixerConfig, kind="attention"):
+    """Causal softmax attention (Vaswani et al.; GQA: arXiv 2305.13245; gate: arXiv 2505.06708).
+
+    head_dim: default d_model / num_heads. rope: pairing of the rotated channels, or none. rope_fraction: share of the
+    head's channels that are rotated. qk_norm: RMSNorm per head on queries and keys before rotation.
+    window: a query sees itself and the window - 1 tokens before it. output_gate: element-wise sigmoid of the input.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    rope: Literal["half", "interleaved", "none"] = "half"
+    rope_theta: float = 10000.0
+    rope_fraction: float = 1.0
+    qk_norm: bool = False
+    window: int | None = None
+    output_gate: bool = False
+
+    key_gate = True
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(f"num_heads {self.num_heads} is not a positive multiple of num_kv_heads {self.num_kv_heads}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window is {self.window}; it must be at least 1, or null for no window")
+        if not 0 < self.rope_fraction <= 1:
+            raise ValueError(f"rope_fraction is {self.rope_fraction}; it must lie in (0, 1]")
+
+    def build(self, ctx: LayerContext) -> Mixer:
+        head_dim = self.head_dim or ctx.d_model // self.num_heads
+        if self.head_dim is None and ctx.d_model % self.num_heads:
+            raise ValueError(
+                f"d_model {ctx.d_model} is not a multiple of num_heads {self.num_heads}; give head_dim, or change one"
+            )
+        if self.rope != "none" and int(head_dim * self.rope_fraction) % 2:
+            raise ValueError(f"rope turns {int(head_dim * self.rope_fraction)} channels of a head; it needs an even number")
+        return Attention(self, ctx, head_dim)
+
+    def flops_per_token(self, d_model: int, sequence: int) -> float:
+        head_dim = self.head_dim or d_model // self.num_heads
+        seen = sequence / 2 if self.window is None else min(self.window, sequence / 2)
+        return 4 * self.num_heads * head_dim * seen
+
+
+class Attention(Mixer):
+    def __init__(self, config: AttentionConfig, ctx: LayerContext, head_dim: int) -> None:
+        super().__init__()
+        self.config, self.head_dim = config, head_dim
+        heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+        self.value_shape = (kv_heads, head_dim)
+        axis, kv_axis = Axis("heads", heads), Axis("kv_heads", kv_heads)
+        self.q = Linear(ctx.d_model, heads * head_dim, axis=axis)
+        self.k = Linear(ctx.d_model, kv_heads * head_dim, axis=kv_axis)
+        self.v = Linear(ctx.d_model, kv_heads * head_dim, axis=kv_axis)
+        self.o = Linear(heads * head_dim, ctx.d_model, in_axis=axis, init=ctx.output_init)
+        self.gate = Linear(ctx.d_model, heads * head_dim, axis=axis) if config.output_gate else None
+        self.q_norm = RMSNorm(head_dim, ctx.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, ctx.norm_eps) if config.qk_norm else None
+
+    def project(self, views: Views, side: Side) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        q = self.q(views.q_BTD).unflatten(-1, (-1, self.head_dim))
+        k = self.k(views.k_BTD).unflatten(-1, (-1, self.head_dim))
+        v = self.v(views.v_BTD).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        kept = {} if self.gate is None else {"gate": self.gate(views.q_BTD)}
+        return {"q": q, "k": k, "v": v}, kept
+
+    def core(
+        self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
+        q_BTHK, k_BSJK, v_BSJV = heads["q"], heads["k"], heads["v"]
+        config = self.config
+        if config.rope != "none":
+            rotate = rotate_half if config.rope == "half" else rotate_interleaved
+            rotated = int(self.head_dim * config.rope_fraction)
+            cos, sin = angles(side.positions_BT, rotated, config.rope_theta, torch.promote_types(q_BTHK.dtype, torch.float32))
+            q_BTHK, k_BSJK = rotate(q_BTHK, cos, sin), rotate(k_BSJK, cos, sin)
+        gate_BS = heads.get(KEY_GATE)
+        if cache is None and side.documents is None and config.window is None and gate_BS is None:
+            return attend(q_BTHK, k_BSJK, v_BSJV, None), None
+        documents_BS = side.documents_BT if side.documents is not None else torch.zeros_like(side.positions_BT)
+        assert documents_BS is not None
+        keys: Cache = {"k": k_BSJK, "v": v_BSJV, "positions": side.positions_BT, "documents": documents_BS}
+        if gate_BS is not None:
+            keys[KEY_GATE] = gate_BS
+        if cache:
+            keys = {name: torch.cat([cache[name], new], dim=1) for name, new in keys.items()}
+        bias_BTS = visibility(side.positions_BT, documents_BS, keys["positions"], keys["documents"], config.window)
+        bias_BTS = torch.where(bias_BTS, 0.0, -torch.inf).to(q_BTHK.dtype)
+        if gate_BS is not None:
+            bias_BTS = bias_BTS + keys[KEY_GATE].clamp(1e-6, 1).log()[:, None].to(bias_BTS.dtype)
+        return attend(q_BTHK, keys["k"], keys["v"], bias_BTS), None if cache is None else keys
+
+    def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        out = out_BTHV.flatten(-2)
+        if "gate" in kept:
+            out = out * kept["gate"].sigmoid()
+        return self.o(out)
+
+
+def visibility(
+    positions_BT: Tensor, documents_BT: Tensor, positions_BS: Tensor, documents_BS: Tensor, window: int | None
+) -> Tensor:
+    """Which keys [B, T, S] a query may see: of its document, not later, within the window. Positions grow within a
+    document; padding (document -1) sees its own kind, so that no row of the softmax is empty."""
+    distance = positions_BT[:, :, None] - positions_BS[:, None]
+    visible = (distance >= 0) & (documents_BT[:, :, None] == documents_BS[:, None])
+    return visible if window is None else visible & (distance < window)
+
+
+def attend(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJV: Tensor, bias_BTS: Tensor | None) -> Tensor:
+    """softmax(q k / sqrt(K) + bias) v, causal when there is no bias. Returns [B, T, H, V]."""
+    out = F.scaled_dot_product_attention(
+        q_BTHK.transpose(1, 2),
+        k_BSJK.transpose(1, 2),
+        v_BSJV.transpose(1, 2),
+        attn_mask=None if bias_BTS is None else bias_BTS[:, None],
+        is_causal=bias_BTS is None,
+        enable_gqa=q_BTHK.shape[2] != k_BSJK.shape[2],
+    )
+    return out.transpose(1, 2)

@@ -1,0 +1,1 @@
+"""Where a branch is normalised."""

@@ -1,0 +1,27 @@
+"""Post-norm on the branch (OLMo 2's reordered norm): x + N F(x)."""
+
+import dataclasses
+
+from torch import Tensor
+
+from models.params import RMSNorm
+from models.slots import NormConfig, Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class PostNorm(NormConfig, kind="post"):
+    """One RMSNorm behind a branch, before its output joins the stream."""
+
+    eps: float = 1e-6
+
+    def build(self, d_model: int, num_views: int) -> Placement:
+        return Post(d_model, self.eps)
+
+
+class Post(Placement):
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(d_model, eps)
+
+    def after(self, out_BTD: Tensor) -> Tensor:
+        return self.norm(out_BTD)

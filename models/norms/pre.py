@@ -1,0 +1,30 @@
+"""Pre-norm: x + F(N x) (Xiong et al., arXiv 2002.04745)."""
+
+import dataclasses
+
+from torch import nn
+
+from models.params import RMSNorm
+from models.slots import NormConfig, Placement
+from models.state import Views
+
+
+@dataclasses.dataclass(frozen=True)
+class PreNorm(NormConfig, kind="pre"):
+    """One RMSNorm in front of a branch, or one for each of its query, key and value inputs where they differ."""
+
+    eps: float = 1e-6
+
+    def build(self, d_model: int, num_views: int) -> Placement:
+        return Pre(d_model, num_views, self.eps)
+
+
+class Pre(Placement):
+    def __init__(self, d_model: int, num_views: int, eps: float) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(RMSNorm(d_model, eps) for _ in range(num_views))
+
+    def before(self, views: Views) -> Views:
+        if len(self.norms) == 1:
+            return views.map(self.norms[0])
+        return Views(*(norm(view) for norm, view in zip(self.norms, views, strict=True)))

@@ -1,0 +1,165 @@
+"""Declared parameters: every learned tensor names its axes, its initialisation and its optimiser role when it is made.
+
+Parallelism reads the axes from outside; initialisation is a pure function of (seed, name), so that every mesh starts
+from the same bits. Shape suffixes: D model width, N tokens (any leading dims), O outputs.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Init(Protocol):
+    """Draws a whole (unsharded) parameter in float32 from a generator of its own."""
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Gaussian with mean 0."""
+
+    std: float
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator) * self.std
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Every element equal to `value`."""
+
+    value: float
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.full(shape, self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A tensor dimension that may be split over ranks, in `groups` equal, contiguous pieces.
+
+    Names with a meaning to `parallel/`: heads, ffn, vocab (tensor axis; must divide), kv_heads (tensor axis; fewer
+    groups than ranks are replicated), experts (expert axis), expert_ffn (expert tensor axis).
+    """
+
+    name: str
+    groups: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A dimension that holds several projections one after another; each part is split by its own axis."""
+
+    sizes: tuple[int, ...]
+    axes: tuple[Axis | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """What is known about a parameter beyond its values.
+
+    shape: the global shape. axes: one `Axis`, `Parts` or None per dimension. decay: weight decay applies.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[Axis | Parts | None, ...]
+    init: Init
+    decay: bool
+
+
+def declare(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    init: Init,
+    axes: tuple[Axis | Parts | None, ...] | None = None,
+    decay: bool | None = None,
+) -> None:
+    """Register parameter `name` on `module` with its spec. Matrices decay by default, vectors do not.
+
+    Raises ValueError for a 0-d parameter, which FSDP2 cannot shard: use shape (1,).
+    """
+    if not shape:
+        raise ValueError(f"parameter {name!r} has no dimension; FSDP2 refuses 0-d parameters, declare it with shape (1,)")
+    axes = axes or (None,) * len(shape)
+    assert len(axes) == len(shape), (name, shape, axes)
+    specs: dict[str, ParamSpec] = module.__dict__.setdefault("param_specs", {})
+    specs[name] = ParamSpec(shape, axes, init, decay if decay is not None else len(shape) > 1)
+    module.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+
+def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, ParamSpec]]:
+    """Yield (qualified name, owning module, attribute, spec) of every declared parameter that is present."""
+    for prefix, module in model.named_modules():
+        for attribute, spec in module.__dict__.get("param_specs", {}).items():
+            if getattr(module, attribute) is not None:
+                yield f"{prefix}.{attribute}".lstrip("."), module, attribute, spec
+
+
+def initial_value(spec: ParamSpec, name: str, seed: int) -> Tensor:
+    """The whole initial tensor (float32) of parameter `name`: a function of (seed, name) and nothing else."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return spec.init(spec.shape, generator)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fill every parameter of an unsharded model. Sharded models use `parallel.shards.fill`."""
+    for name, module, attribute, spec in named_specs(model):
+        parameter = getattr(module, attribute)
+        parameter.copy_(initial_value(spec, name, seed))
+
+
+class Linear(nn.Module):
+    """`y_NO = x_ND @ weight_OD.T (+ bias_O)` with declared axes; `axis` splits outputs, `in_axis` inputs."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        axis: Axis | Parts | None = None,
+        in_axis: Axis | Parts | None = None,
+        init: Init | None = None,
+        bias: bool = False,
+        bias_init: Init | None = None,
+    ) -> None:
+        super().__init__()
+        declare(self, "weight", (d_out, d_in), init or Normal(0.02), (axis, in_axis))
+        self.bias: nn.Parameter | None = None
+        if bias:
+            del self.bias
+            declare(self, "bias", (d_out,), bias_init or Constant(0.0), (axis,))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return F.linear(x_ND, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """`x * weight / sqrt(mean(x^2) + eps)` over the last dimension (Zhang & Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float, init: float = 1.0) -> None:
+        super().__init__()
+        self.eps = eps
+        declare(self, "weight", (dim,), Constant(init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """At least float32: bf16 goes up, float64 stays what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def output_std(num_layers: int, gain: float = 1.0) -> Normal:
+    """The initialisation of a branch's last matrix: 0.02 / sqrt(2 L), L the global depth (GPT-2)."""
+    return Normal(gain * 0.02 / math.sqrt(2 * num_layers))

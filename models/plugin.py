@@ -1,0 +1,60 @@
+"""Slots and their kinds: a config class names its kind once, and is found by scanning the slot's folder.
+
+A slot is a base class made with `slot=` and `folder=`; a kind is a frozen dataclass that subclasses it with `kind=`.
+Folders named by the environment variable WEFT_PLUGINS (os.pathsep between them) are scanned too: `<folder>/mixers/mine.py`
+is imported as `models.mixers.mine`, so that an idea can live outside this repository.
+"""
+
+import difflib
+import importlib
+import os
+import pkgutil
+from typing import Any, ClassVar
+
+
+class Plugin:
+    """Base of all slot configs."""
+
+    slot: ClassVar[str]
+    folder: ClassVar[str]
+    kind: ClassVar[str]
+    registry: ClassVar[dict[str, type["Plugin"]]]
+
+    def __init_subclass__(
+        cls, slot: str | None = None, folder: str | None = None, kind: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        if slot is not None:
+            assert folder is not None
+            cls.slot, cls.folder, cls.registry = slot, folder, {}
+        if kind is not None:
+            known = cls.registry.get(kind)
+            if known is not None and known.__module__ != cls.__module__:
+                raise ValueError(f"{cls.slot} kind {kind!r} of {cls.__module__} is already taken by {known.__module__}")
+            cls.kind = kind
+            cls.registry[kind] = cls
+
+    @classmethod
+    def kinds(cls) -> dict[str, type["Plugin"]]:
+        """Import every file of the slot's folder and return its kinds by name."""
+        package = importlib.import_module(cls.folder)
+        for root in filter(None, os.environ.get("WEFT_PLUGINS", "").split(os.pathsep)):
+            extra = os.path.join(root, cls.folder.rpartition(".")[2])
+            if os.path.isdir(extra) and extra not in package.__path__:
+                package.__path__.append(extra)
+                importlib.invalidate_caches()
+        for info in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{cls.folder}.{info.name}")
+        return dict(sorted(cls.registry.items()))
+
+    @classmethod
+    def of_kind(cls, kind: str) -> type["Plugin"]:
+        """The config class of `kind`; ValueError, with the nearest spelling, when there is none."""
+        if kind in cls.registry:
+            return cls.registry[kind]
+        kinds = cls.kinds()
+        if kind not in kinds:
+            near = difflib.get_close_matches(str(kind), kinds, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown {cls.slot} kind {kind!r}; {hint}the kinds are {', '.join(kinds)}")
+        return kinds[kind]

@@ -1,0 +1,1 @@
+"""Residual topologies: what is kept between sublayers, and how sublayers read and write it."""

@@ -1,0 +1,1 @@
+"""Learned extras on the identity path."""

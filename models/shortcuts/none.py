@@ -1,0 +1,15 @@
+"""The identity path stays the identity."""
+
+import dataclasses
+
+from torch import nn
+
+from models.slots import LayerContext, ShortcutConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class NoShortcut(ShortcutConfig, kind="none"):
+    """Nothing is added to the identity path."""
+
+    def build(self, ctx: LayerContext) -> nn.Module:
+        return nn.Identity()

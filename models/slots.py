@@ -1,0 +1,245 @@
+"""The eight slots: the interface that a plug-in of each fills.
+
+Shape suffixes: B batch, T sequence, D model width, H heads, K key and V value width of a head.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from models.params import Normal, RMSNorm, output_std
+from models.plugin import Plugin
+from models.state import Entry, Result, Side, State, Views
+
+if TYPE_CHECKING:
+    from models.config import LayerConfig
+
+Cache = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerContext:
+    """What a plug-in may know about its place: all layers' configs, its own index, the model's width."""
+
+    d_model: int
+    index: int
+    layers: tuple["LayerConfig", ...]
+    norm_eps: float
+    output_gain: float = 1.0
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def output_init(self) -> Normal:
+        """Initialisation of a branch's last matrix."""
+        return output_std(self.num_layers, self.output_gain)
+
+
+class Mixer(nn.Module):
+    """A sequence mixer, cut where heads meet the sequence: project (token-wise), core (per head), merge (token-wise).
+
+    value_shape: (heads, width) of the "v" that `project` returns; `heads`: query heads, for the context split.
+    """
+
+    value_shape: tuple[int, int]
+
+    def project(self, views: Views, side: Side) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Token-wise. Returns (core inputs, each [B, T, H, ...], "v" among them; what only `merge` needs)."""
+        raise NotImplementedError
+
+    def core_weights(self) -> dict[str, Tensor]:
+        """Parameters that `core` uses, heads first: the context split hands each rank its heads' rows."""
+        return {}
+
+    def core(
+        self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
+        """Mix along the whole sequence. `heads` may hold "key_gate" [B, T] in (0, 1]. `cache` None: training;
+        {}: start decoding; otherwise what the last call returned. Returns ([B, T, H, V], new cache or None)."""
+        raise NotImplementedError
+
+    def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        """Token-wise, to [B, T, D]."""
+        raise NotImplementedError
+
+
+class FFN(nn.Module):
+    """A channel mixer. entry "gathered": it runs on all tokens of its tensor group and returns a partial sum.
+    "tokens": it runs on the rank's own tokens, once (routers), and returns the whole output."""
+
+    entry: ClassVar[Literal["gathered", "tokens"]] = "gathered"
+    reads: tuple[str, ...] = ()
+    writes: tuple[Entry, ...] = ()
+    has_losses: bool = False
+
+    def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
+        raise NotImplementedError
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Once per optimiser step, with the step's statistics summed over all ranks and micro-batches."""
+
+
+class Values(nn.Module):
+    """What happens to a mixer's values between `project` and `core`."""
+
+    reads: tuple[str, ...] = ()
+    writes: tuple[Entry, ...] = ()
+
+    def forward(self, v_BTHV: Tensor, inputs: State) -> tuple[Tensor, State]:
+        return v_BTHV, {}
+
+
+class Connection(nn.Module):
+    """One sublayer's tie to the state. `reads` and `writes` name the entries it owns; it passes on all others.
+
+    num_views: 3 when query, key and value inputs differ. drops: entries that its write removes.
+    """
+
+    reads: tuple[str, ...] = ("x",)
+    writes: tuple[Entry, ...] = ()
+    num_views: int = 1
+
+    def read(self, state: State) -> tuple[Views, State]:
+        """Returns (branch inputs, what `write` needs again)."""
+        raise NotImplementedError
+
+    def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
+        """The state with the branch's output joined in; never modifies a tensor in place."""
+        raise NotImplementedError
+
+    def peek(self, state: State) -> Tensor:
+        """One [B, T, D] view of the stream, for gates."""
+        return state["x"]
+
+
+class Placement(nn.Module):
+    """Where a branch is normalised. The default leaves both sides alone."""
+
+    def before(self, views: Views) -> Views:
+        return views
+
+    def after(self, out_BTD: Tensor) -> Tensor:
+        return out_BTD
+
+
+class DepthControl(nn.Module):
+    """One layer's gate. `forward` returns (gate [B, T] or None, Result-like writes, losses and stats)."""
+
+    reads: tuple[str, ...] = ()
+    writes: tuple[Entry, ...] = ()
+    has_losses: bool = False
+
+    def forward(
+        self, peek_BTD: Tensor | None, inputs: State, side: Side
+    ) -> tuple[Tensor | None, State, dict[str, Tensor], dict[str, Tensor]]:
+        return None, {}, {}, {}
+
+
+class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
+    """Information across the sequence."""
+
+    causal: ClassVar[bool] = True
+    batch_independent: ClassVar[bool] = True
+    incremental: ClassVar[bool] = True
+    key_gate: ClassVar[bool] = False
+
+    def build(self, ctx: LayerContext) -> Mixer:
+        raise NotImplementedError
+
+    def flops_per_token(self, d_model: int, sequence: int) -> float:
+        """Forward FLOPs of the core (projections are counted from their parameters)."""
+        raise NotImplementedError
+
+
+class FFNConfig(Plugin, slot="ffn", folder="models.ffn"):
+    """Information across channels."""
+
+    causal: ClassVar[bool] = True
+    batch_independent: ClassVar[bool] = True
+    incremental: ClassVar[bool] = True
+
+    def build(self, ctx: LayerContext) -> FFN:
+        raise NotImplementedError
+
+
+class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
+    """What is kept between sublayers."""
+
+    def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
+        raise NotImplementedError
+
+    def open(self, d_model: int) -> "Opener":
+        return Opener(d_model)
+
+    def close(self, d_model: int, num_layers: int) -> "Closer":
+        return Closer()
+
+    def output_gain(self) -> float:
+        """Factor on the standard deviation of the branches' output matrices at initialisation."""
+        return 1.0
+
+
+class Opener(nn.Module):
+    """From the embedding to the first state."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.writes: tuple[Entry, ...] = (Entry("x", (d_model,)),)
+
+    def forward(self, x_BTD: Tensor) -> State:
+        return {"x": x_BTD}
+
+
+class Closer(nn.Module):
+    """From the last state to what the final norm reads."""
+
+    reads: tuple[str, ...] = ("x",)
+
+    def forward(self, state: State) -> Tensor:
+        return state["x"]
+
+
+class ValuesConfig(Plugin, slot="values", folder="models.values"):
+    """What is done to value vectors across layers."""
+
+    def build(self, ctx: LayerContext, value_shape: tuple[int, int]) -> Values:
+        raise NotImplementedError
+
+
+class NormConfig(Plugin, slot="norm", folder="models.norms"):
+    """Placement of the norms around a branch; also makes the embedding's and the final norm."""
+
+    eps: float
+
+    def build(self, d_model: int, num_views: int) -> Placement:
+        raise NotImplementedError
+
+    def embedding(self, d_model: int) -> nn.Module:
+        return nn.Identity()
+
+    def final(self, d_model: int) -> nn.Module:
+        return RMSNorm(d_model, self.eps)
+
+
+class ShortcutConfig(Plugin, slot="shortcut", folder="models.shortcuts"):
+    """Learned extras on the identity path: [B, T, D] -> [B, T, D], token-wise."""
+
+    def build(self, ctx: LayerContext) -> nn.Module:
+        raise NotImplementedError
+
+
+class ScalingConfig(Plugin, slot="scaling", folder="models.scaling"):
+    """The size of a branch: [B, T, D] -> [B, T, D], token-wise."""
+
+    def build(self, ctx: LayerContext) -> nn.Module:
+        raise NotImplementedError
+
+
+class DepthConfig(Plugin, slot="depth", folder="models.depth"):
+    """Which layers run for which token."""
+
+    def build(self, ctx: LayerContext) -> DepthControl:
+        raise NotImplementedError

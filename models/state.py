@@ -1,0 +1,112 @@
+"""What flows between sublayers and across pipeline stages: a named, ordered dict of tensors.
+
+Shape suffixes: B batch, T sequence (this rank's share of it where tokens are split), D model width, H heads.
+"""
+
+import dataclasses
+import enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+KEY_GATE = "key_gate"  # [B, T] in [0, 1]: how much a token may be seen as a key
+
+
+class Layout(enum.Enum):
+    """How a state entry lies over the ranks that split the sequence and the heads."""
+
+    TOKENS = "tokens"  # dim 1 is the sequence, split over context and tensor ranks
+    HEADS = "heads"  # dim 1 is the sequence, split over context ranks only; dim 2 is split over tensor ranks
+    PER_RANK = "per_rank"  # each rank's own share of a sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One state entry as its writer declares it.
+
+    shape: after the batch and sequence dimensions ("B", "T"), global sizes; PER_RANK entries have no such dimensions.
+    heads: for Layout.HEADS, the number of heads in dim 2. dtype: None is the residual stream's own.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout = Layout.TOKENS
+    heads: int | None = None
+    dtype: torch.dtype | None = None
+
+
+class Views(NamedTuple):
+    """What a branch reads: the inputs of its query, key and value paths. One tensor unless the topology mixes them apart."""
+
+    q_BTD: Tensor
+    k_BTD: Tensor
+    v_BTD: Tensor
+
+    @classmethod
+    def same(cls, x_BTD: Tensor) -> "Views":
+        return cls(x_BTD, x_BTD, x_BTD)
+
+    def map(self, function) -> "Views":
+        """Apply `function` to each distinct tensor once."""
+        done: dict[int, Tensor] = {}
+        for view in self:
+            if id(view) not in done:
+                done[id(view)] = function(view)
+        return Views(*(done[id(view)] for view in self))
+
+
+class Result(NamedTuple):
+    """What a branch hands back.
+
+    out_BTD: its output. writes: new state entries. losses: this rank's share of sums over tokens, already weighted;
+    the caller divides everything by one global token count. stats: detached sums, counted once.
+    cache: what decoding needs next time, or None.
+    """
+
+    out_BTD: Tensor
+    writes: State = {}
+    losses: dict[str, Tensor] = {}
+    stats: dict[str, Tensor] = {}
+    cache: dict[str, Tensor] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What every stage knows by itself: token ids, document ids and positions, all [B, T], of the whole sequence.
+
+    documents is None when every row is one document; id -1 marks padding. A `window` (start, length) narrows the
+    properties below to the part of the sequence that the caller holds; the fields stay whole.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    documents: Tensor | None = None
+    window: tuple[int, int] | None = None
+
+    def narrow(self, start: int, length: int) -> "Side":
+        offset = self.window[0] if self.window else 0
+        return dataclasses.replace(self, window=(offset + start, length))
+
+    def _windowed(self, x_BT: Tensor) -> Tensor:
+        return x_BT.narrow(1, *self.window) if self.window else x_BT
+
+    @property
+    def tokens_BT(self) -> Tensor:
+        return self._windowed(self.tokens)
+
+    @property
+    def positions_BT(self) -> Tensor:
+        return self._windowed(self.positions)
+
+    @property
+    def documents_BT(self) -> Tensor | None:
+        return None if self.documents is None else self._windowed(self.documents)
+
+    @property
+    def valid_BT(self) -> Tensor:
+        """False at padding."""
+        documents_BT = self.documents_BT
+        return torch.ones_like(self.tokens_BT, dtype=torch.bool) if documents_BT is None else documents_BT >= 0

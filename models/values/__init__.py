@@ -1,0 +1,1 @@
+"""What is done to a mixer's value vectors across layers."""

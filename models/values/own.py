@@ -1,0 +1,13 @@
+"""Every layer uses its own values."""
+
+import dataclasses
+
+from models.slots import LayerContext, Values, ValuesConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnValues(ValuesConfig, kind="own"):
+    """No exchange of values between layers."""
+
+    def build(self, ctx: LayerContext, value_shape: tuple[int, int]) -> Values:
+        return Values()

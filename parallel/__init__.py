@@ -1,0 +1,1 @@
+"""Where it is computed: meshes, and every parallelism, applied to a model from outside."""
