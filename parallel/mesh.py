@@ -1,0 +1,214 @@
+"""The mesh: how many ranks of each kind, refused in one sentence when it cannot be, and the process groups they form.
+
+Ranks are numbered (pp, replicate, shard, cp, tp), tp fastest. Expert ranks are borrowed: the ranks of one pipeline stage
+are also numbered (expert data, ep), ep fastest, so `ep` costs no ranks of its own.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")
+SPLIT_BACKWARD = ("zero_bubble", "zbv", "dualpipev")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Degrees of parallelism.
+
+    dp: replicas. fsdp: ranks that share one copy of the parameters. hsdp: "RxS", the same as dp=R with fsdp=S. tp: tensor
+    and sequence. cp: context (Ulysses). ep: experts, over ranks that the other degrees provide. etp: expert tensor.
+    pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved, zero_bubble, zbv or dualpipev.
+    """
+
+    dp: int = 1
+    fsdp: int = 1
+    hsdp: str | None = None
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    pp: int = 1
+    schedule: str = "1f1b"
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "fsdp", "tp", "cp", "ep", "etp", "pp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hsdp is not None:
+            sizes = self.hsdp.split("x")
+            if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+                raise ValueError(f"hsdp is {self.hsdp!r}; write replicas x shards, such as 2x2")
+            if self.dp != 1 or self.fsdp != 1:
+                raise ValueError(f"hsdp={self.hsdp} already says dp and fsdp; leave those out")
+        if self.schedule not in SCHEDULES:
+            near = difflib.get_close_matches(self.schedule, SCHEDULES, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"schedule is {self.schedule!r}; {hint}the schedules are {', '.join(SCHEDULES)}")
+        if self.etp != 1:
+            raise ValueError(f"etp is {self.etp}; expert tensor parallelism is not built yet, use ep={self.etp} instead")
+        if self.stage_size % self.ep:
+            fits = max(n for n in range(1, self.ep + 1) if self.stage_size % n == 0)
+            raise ValueError(
+                f"ep is {self.ep}, which must divide dp x fsdp x cp x tp = {self.stage_size}, whose ranks it borrows; "
+                f"use ep={fits}, or dp={self.dp * self.ep // math.gcd(self.ep, self.stage_size)}"
+            )
+
+    @property
+    def replicate(self) -> int:
+        return int(self.hsdp.split("x")[0]) if self.hsdp else self.dp
+
+    @property
+    def shard(self) -> int:
+        return int(self.hsdp.split("x")[1]) if self.hsdp else self.fsdp
+
+    @property
+    def stage_size(self) -> int:
+        return self.replicate * self.shard * self.cp * self.tp
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.stage_size
+
+    @property
+    def splits_backward(self) -> bool:
+        return self.pp > 1 and self.schedule in SPLIT_BACKWARD
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshConfig":
+        """From "tp=2,pp=2,schedule=zbv". Data ranks that `ep` needs and nothing else provides are added as dp."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        values: dict[str, int | str] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            key, _, value = item.partition("=")
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ValueError(f"mesh has no key {key!r}; {hint}the keys are {', '.join(fields)}")
+            if key in values:
+                raise ValueError(f"mesh gives {key} twice; give it once")
+            if key in ("hsdp", "schedule"):
+                values[key] = value
+            elif value.isdecimal():
+                values[key] = int(value)
+            else:
+                raise ValueError(f"mesh has {key}={value!r}; it takes a whole number, such as {key}=2")
+        if "schedule" in values and int(values.get("pp", 1)) == 1:
+            raise ValueError(f"schedule={values['schedule']} needs pipeline ranks; add pp=2, or leave schedule out")
+        if not values.keys() & {"dp", "fsdp", "hsdp"}:
+            ep, rest = int(values.get("ep", 1)), int(values.get("tp", 1)) * int(values.get("cp", 1))
+            if ep > 1 and rest > 0:
+                values["dp"] = ep // math.gcd(ep, rest)
+        return cls(**values)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        sizes = [f"{name}={getattr(self, name)}" for name in ("dp", "fsdp", "tp", "cp", "ep", "etp", "pp") if getattr(self, name) > 1]
+        if self.hsdp:
+            sizes.insert(0, f"hsdp={self.hsdp}")
+        return ",".join([*sizes, f"schedule={self.schedule}"] if self.pp > 1 else sizes) or "one process"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """A set of ranks that this one communicates with. group is None when it is alone."""
+
+    size: int = 1
+    index: int = 0
+    group: dist.ProcessGroup | None = None
+
+    def sum_(self, x: torch.Tensor) -> torch.Tensor:
+        """All-reduce in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def max_(self, x: torch.Tensor) -> torch.Tensor:
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+
+class Mesh:
+    """The groups of one rank.
+
+    tp, cp, ep, pp: as named. data: ranks whose gradients of dense parameters add up (replicate x shard x cp). expert_data: the
+    same for experts. sequence: ranks that share the sequence (cp x tp). stage: all of one pipeline stage.
+    """
+
+    def __init__(self, config: MeshConfig, device: str = "cpu") -> None:
+        self.config, self.device = config, device
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world != config.world_size:
+            raise ValueError(f"the mesh {config} takes {config.world_size} processes and {world} were started; start {config.world_size}")
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        pp, replicate, shard, cp, tp = config.pp, config.replicate, config.shard, config.cp, config.tp
+        dense = (pp, replicate, shard, cp, tp)
+        expert = (pp, config.stage_size // config.ep, config.ep)
+        self.tp = self._ranks(dense, (4,))
+        self.cp = self._ranks(dense, (3,))
+        self.pp = self._ranks(dense, (0,))
+        self.data = self._ranks(dense, (1, 2, 3))
+        self.sequence = self._ranks(dense, (3, 4))
+        self.stage = self._ranks(dense, (1, 2, 3, 4))
+        self.ep = self._ranks(expert, (2,))
+        self.expert_data = self._ranks(expert, (1,))
+        _, r, s, _, _ = (int(i) for i in torch.unravel_index(torch.tensor(self.rank), dense))
+        self.data_rank, self.data_size = r * shard + s, replicate * shard
+
+    @classmethod
+    def single(cls, device: str = "cpu") -> "Mesh":
+        return cls(MeshConfig(), device)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def _ranks(self, shape: tuple[int, ...], dims: tuple[int, ...]) -> Ranks:
+        """The ranks that differ from this one in `dims` only, of a mesh of `shape`."""
+        size = math.prod(shape[dim] for dim in dims)
+        if size == 1:
+            return Ranks()
+        ranks = torch.arange(math.prod(shape)).view(shape)
+        rest = [dim for dim in range(len(shape)) if dim not in dims]
+        rows = ranks.permute(*rest, *dims).reshape(-1, size).tolist()
+        group, _ = dist.new_subgroups_by_enumeration(rows)
+        row = next(row for row in rows if self.rank in row)
+        return Ranks(size, row.index(self.rank), group)
+
+    @functools.cached_property
+    def fsdp_mesh(self) -> DeviceMesh:
+        """Over which dense parameters are sharded: (replicate,) shard x cp."""
+        config = self.config
+        return self._device_mesh((config.pp, config.replicate, config.shard * config.cp, config.tp), 1, 2)
+
+    @functools.cached_property
+    def expert_fsdp_mesh(self) -> DeviceMesh:
+        """Over which expert parameters are sharded; replicas stay replicas unless ep itself reaches across them."""
+        config = self.config
+        per_replica = config.stage_size // config.replicate
+        replicas = config.replicate if per_replica % config.ep == 0 else 1
+        return self._device_mesh((config.pp, replicas, config.stage_size // replicas // config.ep, config.ep), 1, 2)
+
+    def _device_mesh(self, shape: tuple[int, ...], replicate: int, shard: int) -> DeviceMesh:
+        sharded = self._ranks(shape, (shard,))
+        if shape[replicate] == 1:
+            return DeviceMesh.from_group(self._alone(sharded), self.device, mesh_dim_names=("shard",))
+        replicated = self._ranks(shape, (replicate,))
+        at = [int(i) for i in torch.unravel_index(torch.tensor(self.rank), shape)]
+        index: list[int | slice] = list(at)
+        index[replicate] = index[shard] = slice(None)
+        mesh = torch.arange(math.prod(shape)).view(shape)[tuple(index)]
+        groups = [self._alone(replicated), self._alone(sharded)]
+        return DeviceMesh.from_group(groups, self.device, mesh=mesh, mesh_dim_names=("replicate", "shard"))
+
+    def _alone(self, ranks: Ranks) -> dist.ProcessGroup:
+        """A real group even for one rank, which DeviceMesh needs."""
+        if ranks.group is not None:
+            return ranks.group
+        groups, _ = dist.new_subgroups_by_enumeration([[rank] for rank in range(dist.get_world_size())])
+        return groups
