@@ -136,7 +136,7 @@ class Layer(nn.Module):
         ]
 
     def forward(self, state: State, side: Side, local: Side, cache: Cache | None = None) -> tuple[State, Extras]:
-        peek_BTD = self.mixer.connection.peek(state)
+        peek_BTD = self.mixer.connection.peek(state) if self.depth.peeks else None
         gate_BT, writes, losses, stats = self.depth(peek_BTD, {k: state[k] for k in self.depth.reads}, local)
         state, mixed = self.mixer({**state, **writes}, side, local, gate_BT, self.key_gate, cache)
         state, channel = self.ffn(state, side, local, gate_BT, False, None)

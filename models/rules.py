@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 def reasons(config: "LMConfig") -> Iterator[str]:
     """One sentence per broken rule."""
     layers = config.expanded
+    if config.shortcut.kind != "none" and not config.residual.takes_shortcut:
+        yield (
+            f"shortcut {config.shortcut.kind} acts on one identity path, which residual {config.residual.kind} does not "
+            "have; use shortcut none, or a residual that has one, such as plain or ladder"
+        )
     if config.depth.kind == "skip_middle":
         if len(layers) % 2:
             raise_to = len(layers) + 1

@@ -126,8 +126,12 @@ class Placement(nn.Module):
 
 
 class DepthControl(nn.Module):
-    """One layer's gate. `forward` returns (gate [B, T] or None, Result-like writes, losses and stats)."""
+    """One layer's gate. `forward` returns (gate [B, T] or None, Result-like writes, losses and stats).
 
+    peeks: it looks at the stream; a layer whose gate does not is spared the view, which may cost a pass over it.
+    """
+
+    peeks: bool = True
     reads: tuple[str, ...] = ()
     writes: tuple[Entry, ...] = ()
     has_losses: bool = False
@@ -166,7 +170,12 @@ class FFNConfig(Plugin, slot="ffn", folder="models.ffn"):
 
 
 class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
-    """What is kept between sublayers."""
+    """What is kept between sublayers.
+
+    takes_shortcut: there is one identity path, which the shortcut's module can act on.
+    """
+
+    takes_shortcut: ClassVar[bool] = True
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         raise NotImplementedError

@@ -10,4 +10,8 @@ class FullDepth(DepthConfig, kind="full"):
     """No gates."""
 
     def build(self, ctx: LayerContext) -> DepthControl:
-        return DepthControl()
+        return Full()
+
+
+class Full(DepthControl):
+    peeks = False

@@ -1,0 +1,122 @@
+"""Fractional hyper-connections: every stream is cut into fractions, which are connected as streams are.
+
+Shape suffixes: B batch, T sequence, N streams, P fractions (Q where they are written), R = P N rows, D model width,
+C = D / P width of a fraction.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.params import Constant, declare, upcast
+from models.residual.hyper import StreamCloser, StreamOpener, sublayer_index
+from models.residual.stream_norm import Kind, stream_norm
+from models.slots import Closer, Connection, LayerContext, Opener, ResidualConfig
+from models.state import Entry, State, Views
+
+
+@dataclasses.dataclass(frozen=True)
+class FractionalHyperConnections(ResidualConfig, kind="hyper_fractional"):
+    """Frac-connections (arXiv 2503.14125) over any number of streams. Starts as the plain residual.
+
+    fractions: how many equal parts the width is cut into. streams: 1 is the paper's, which widens nothing.
+    norm, norm_eps, activation: as in hyper.
+    """
+
+    fractions: int = 4
+    streams: int = 1
+    norm: Kind = "layer"
+    norm_eps: float = 1e-5
+    activation: Literal["tanh", "identity"] = "tanh"
+
+    takes_shortcut = False
+
+    def __post_init__(self) -> None:
+        for name in ("fractions", "streams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
+        if ctx.d_model % self.fractions:
+            raise ValueError(f"d_model {ctx.d_model} is not a multiple of fractions {self.fractions}; change one of them")
+        return FractionalHyper(self, ctx.d_model, sublayer_index(ctx, branch))
+
+    def open(self, d_model: int) -> Opener:
+        return StreamOpener(d_model, self.streams)
+
+    def close(self, d_model: int, num_layers: int) -> Closer:
+        return StreamCloser()
+
+    def output_gain(self) -> float:
+        return math.sqrt(self.streams)
+
+
+@dataclasses.dataclass(frozen=True)
+class FractionalAlpha:
+    """[P N, Q (1 + N)]: every fraction of the branch input comes from stream `read`, and everything passes on."""
+
+    read: int
+    streams: int
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        identity_NN = torch.eye(self.streams)
+        alpha = torch.cat([identity_NN[:, self.read, None], identity_NN], dim=1)
+        return torch.kron(torch.eye(shape[0] // self.streams), alpha)
+
+
+@dataclasses.dataclass(frozen=True)
+class FractionalBeta:
+    """[P, N, Q]: fraction p of the output joins fraction p of every stream."""
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.eye(shape[0])[:, None].expand(shape).clone()
+
+
+class FractionalHyper(Connection):
+    """With rows X[p, j] in R^C (fraction p of stream j) and A [P, N, Q, 1 + N], b [P, N, Q] from norm(X) as in hyper:
+    u[q] = sum_pj A[p, j, q, 0] X[p, j], and X[q, i] <- sum_pj A[p, j, q, 1 + i] X[p, j] + sum_p b[p, i, q] F(u)[p]."""
+
+    reads = ("streams",)
+
+    def __init__(self, config: FractionalHyperConnections, d_model: int, index: int) -> None:
+        super().__init__()
+        self.fractions, self.streams = fractions, streams = config.fractions, config.streams
+        self.writes = (Entry("streams", (streams, d_model)),)
+        width, columns = d_model // fractions, fractions * (1 + streams)
+        self.norm = stream_norm(config.norm, width, config.norm_eps)
+        self.activation = nn.Tanh() if config.activation == "tanh" else nn.Identity()
+        alpha = FractionalAlpha(index % streams, streams)
+        declare(self, "static_alpha", (fractions * streams, columns), alpha, decay=False)
+        declare(self, "static_beta", (fractions, streams, fractions), FractionalBeta(), decay=False)
+        declare(self, "dynamic_alpha", (width, columns), Constant(0.0))
+        declare(self, "dynamic_beta", (width, fractions), Constant(0.0))
+        declare(self, "alpha_scale", (1,), Constant(0.01))
+        declare(self, "beta_scale", (1,), Constant(0.01))
+
+    def rows(self, streams_BTND: Tensor) -> Tensor:
+        return streams_BTND.unflatten(-1, (self.fractions, -1)).transpose(-3, -2).flatten(-3, -2)
+
+    def read(self, state: State) -> tuple[Views, State]:
+        rows_BTRC = self.rows(state["streams"])
+        columns = torch.cat([self.dynamic_alpha, self.dynamic_beta], dim=1)
+        dynamic = self.activation(upcast(self.norm(rows_BTRC) @ columns))
+        dynamic_alpha, dynamic_beta = dynamic.tensor_split([self.static_alpha.shape[1]], dim=-1)
+        alpha = torch.addcmul(self.static_alpha, dynamic_alpha, self.alpha_scale)
+        alpha = alpha.to(rows_BTRC.dtype).unflatten(-1, (self.fractions, -1))
+        dynamic_beta = dynamic_beta.unflatten(-2, (self.fractions, self.streams))
+        beta = torch.addcmul(self.static_beta, dynamic_beta, self.beta_scale).to(rows_BTRC.dtype)
+        x_BTD = torch.einsum("...rq,...rc->...qc", alpha[..., 0], rows_BTRC).flatten(-2)
+        return Views.same(x_BTD), {"mix": alpha[..., 1:], "beta": beta}
+
+    def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
+        out_BTPC = out_BTD.unflatten(-1, (self.fractions, -1))
+        mixed_BTND = torch.einsum("...rqn,...rc->...nqc", kept["mix"], self.rows(state["streams"])).flatten(-2)
+        added_BTND = torch.einsum("...pnq,...pc->...nqc", kept["beta"], out_BTPC).flatten(-2)
+        return {**state, "streams": mixed_BTND + added_BTND}
+
+    def peek(self, state: State) -> Tensor:
+        """The mean over the streams, as in hyper."""
+        return state["streams"].mean(-2)

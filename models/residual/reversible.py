@@ -1,0 +1,94 @@
+"""The reversible residual: two streams, each of which is changed by a function of the other.
+
+Shape suffixes: B batch, T sequence, D model width.
+"""
+
+import dataclasses
+from typing import Literal
+
+from torch import Tensor, nn
+
+from models.residual.fixed_point import check_bits, on_grid
+from models.slots import Closer, Connection, LayerContext, Opener, ResidualConfig
+from models.state import Entry, State, Views
+
+
+@dataclasses.dataclass(frozen=True)
+class ReversibleResidual(ResidualConfig, kind="reversible"):
+    """x1 <- x1 + Mixer(x2), x2 <- x2 + FFN(x1) (RevNet, arXiv 1707.04585; over full-width copies of the embedding as in
+    RevViT, arXiv 2302.04869). The final norm reads (x1 + x2) / 2.
+
+    grid_bits: the embedding and all branch outputs are rounded to multiples of 2^-grid_bits, with the gradient of the
+    identity. The streams are then sums without rounding errors, and subtracting restores them bit for bit while they
+    stay below 2^(24 - grid_bits) in float32: 14 leaves 1024. null: no rounding.
+    """
+
+    grid_bits: int | None = None
+
+    takes_shortcut = False
+
+    def __post_init__(self) -> None:
+        if self.grid_bits is not None and self.grid_bits < 1:
+            raise ValueError(f"grid_bits is {self.grid_bits}; it must be at least 1, or null for no grid")
+
+    def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
+        source, target = ("x2", "x1") if branch == "mixer" else ("x1", "x2")
+        return Reversible(ctx.d_model, source, target, self.grid_bits)
+
+    def open(self, d_model: int) -> Opener:
+        return TwoStreamOpener(d_model, self.grid_bits)
+
+    def close(self, d_model: int, num_layers: int) -> Closer:
+        return TwoStreamCloser()
+
+
+class Reversible(Connection):
+    """target <- target + F(source), which `undo` takes back."""
+
+    reads = ("x1", "x2")
+
+    def __init__(self, d_model: int, source: str, target: str, grid_bits: int | None) -> None:
+        super().__init__()
+        self.source, self.target, self.grid_bits = source, target, grid_bits
+        self.writes = (Entry(target, (d_model,)),)
+
+    def read(self, state: State) -> tuple[Views, State]:
+        return Views.same(state[self.source]), {}
+
+    def rounded(self, out_BTD: Tensor) -> Tensor:
+        return out_BTD if self.grid_bits is None else on_grid(out_BTD, self.grid_bits)
+
+    def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
+        return {**state, self.target: state[self.target] + self.rounded(out_BTD)}
+
+    def undo(self, state: State, out_BTD: Tensor) -> State:
+        """The state before `write`, whose source is that of the state after it, so that the branch can be run again."""
+        return {**state, self.target: state[self.target] - self.rounded(out_BTD)}
+
+    def peek(self, state: State) -> Tensor:
+        """What the model would end with here."""
+        return (state["x1"] + state["x2"]) / 2
+
+
+class TwoStreamOpener(Opener):
+    """The embedding, on the grid if there is one, twice."""
+
+    def __init__(self, d_model: int, grid_bits: int | None) -> None:
+        super().__init__(d_model)
+        self.grid_bits = grid_bits
+        self.writes = (Entry("x1", (d_model,)), Entry("x2", (d_model,)))
+
+    def forward(self, x_BTD: Tensor) -> State:
+        if self.grid_bits is not None:
+            check_bits(self.grid_bits, x_BTD.dtype)
+            x_BTD = on_grid(x_BTD, self.grid_bits)
+        return {"x1": x_BTD, "x2": x_BTD.clone()}
+
+
+class TwoStreamCloser(Closer):
+    """The mean: what one plain stream of both would have, at half the size."""
+
+    reads = ("x1", "x2")
+
+    def forward(self, state: State) -> Tensor:
+        return (state["x1"] + state["x2"]) / 2
