@@ -124,7 +124,7 @@ class Layer(nn.Module):
             setattr(self, name, Sublayer(connection, placement, branches[name], config.scaling.build(ctx)))
         self.mixer: Sublayer
         self.ffn: Sublayer
-        self.key_gate = own.mixer.key_gate
+        self.key_gate = config.depth.gates_keys and own.mixer.key_gate
         self.keep: frozenset[str] = frozenset()
 
     def events(self) -> list[tuple[tuple[str, ...], tuple[Entry, ...]]]:

@@ -15,15 +15,26 @@ def reasons(config: "LMConfig") -> Iterator[str]:
             f"shortcut {config.shortcut.kind} acts on one identity path, which residual {config.residual.kind} does not "
             "have; use shortcut none, or a residual that has one, such as plain or ladder"
         )
-    if config.depth.kind == "skip_middle":
-        if len(layers) % 2:
-            raise_to = len(layers) + 1
-            yield f"depth skip_middle mirrors the layers and {len(layers)} is odd; use {len(layers) - 1} or {raise_to} layers"
+    if config.depth.mirrors and len(layers) % 2:
+        yield (
+            f"depth {config.depth.kind} pairs layer l with layer L-1-l, and L = {len(layers)} is odd; "
+            f"use {len(layers) + 1} layers"
+        )
+    if config.depth.gates_keys:
         for index, layer in enumerate(layers):
             if not layer.mixer.key_gate:
                 yield (
-                    f"depth skip_middle masks the keys of skipped tokens, which mixer {layer.mixer.kind} (layer {index}) "
-                    "does not define; use a mixer that does, such as attention or gated_deltanet"
+                    f"depth {config.depth.kind} masks the keys of skipped tokens, which mixer {layer.mixer.kind} "
+                    f"(layer {index}) does not define; use a mixer that does, such as attention or gated_deltanet"
+                )
+    if config.values.crosses_layers:
+        shapes = [layer.mixer.value_shape(config.d_model) for layer in layers]
+        for index, (heads, width) in enumerate(shapes):
+            if (heads, width) != shapes[0]:
+                yield (
+                    f"values {config.values.kind} adds layer 0's values ({shapes[0][0]} heads of width {shapes[0][1]}) to "
+                    f"every layer's, and layer {index} ({layers[index].mixer.kind}) has {heads} of width {width}; "
+                    "give all layers the same value heads and width, or use values own"
                 )
 
 

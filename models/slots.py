@@ -143,7 +143,10 @@ class DepthControl(nn.Module):
 
 
 class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
-    """Information across the sequence."""
+    """Information across the sequence.
+
+    key_gate: its core defines what a gated key is (see `models.state.KEY_GATE`).
+    """
 
     causal: ClassVar[bool] = True
     batch_independent: ClassVar[bool] = True
@@ -151,6 +154,10 @@ class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
     key_gate: ClassVar[bool] = False
 
     def build(self, ctx: LayerContext) -> Mixer:
+        raise NotImplementedError
+
+    def value_shape(self, d_model: int) -> tuple[int, int]:
+        """(heads, width) of the "v" that `Mixer.project` returns, before any split."""
         raise NotImplementedError
 
     def flops_per_token(self, d_model: int, sequence: int) -> float:
@@ -212,7 +219,12 @@ class Closer(nn.Module):
 
 
 class ValuesConfig(Plugin, slot="values", folder="models.values"):
-    """What is done to value vectors across layers."""
+    """What is done to value vectors across layers.
+
+    crosses_layers: it adds values of different layers, whose heads and widths must then be equal.
+    """
+
+    crosses_layers: ClassVar[bool] = False
 
     def build(self, ctx: LayerContext, value_shape: tuple[int, int]) -> Values:
         raise NotImplementedError
@@ -248,7 +260,13 @@ class ScalingConfig(Plugin, slot="scaling", folder="models.scaling"):
 
 
 class DepthConfig(Plugin, slot="depth", folder="models.depth"):
-    """Which layers run for which token."""
+    """Which layers run for which token.
+
+    gates_keys: the gate also says how much a token may be seen as a key. mirrors: layer L-1-l uses layer l's gate.
+    """
+
+    gates_keys: ClassVar[bool] = False
+    mirrors: ClassVar[bool] = False
 
     def build(self, ctx: LayerContext) -> DepthControl:
         raise NotImplementedError

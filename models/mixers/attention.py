@@ -55,6 +55,9 @@ class AttentionConfig(MixerConfig, kind="attention"):
             raise ValueError(f"rope turns {int(head_dim * self.rope_fraction)} channels of a head; it needs an even number")
         return Attention(self, ctx, head_dim)
 
+    def value_shape(self, d_model: int) -> tuple[int, int]:
+        return self.num_kv_heads or self.num_heads, self.head_dim or d_model // self.num_heads
+
     def flops_per_token(self, d_model: int, sequence: int) -> float:
         head_dim = self.head_dim or d_model // self.num_heads
         seen = sequence / 2 if self.window is None else min(self.window, sequence / 2)
@@ -65,8 +68,8 @@ class Attention(Mixer):
     def __init__(self, config: AttentionConfig, ctx: LayerContext, head_dim: int) -> None:
         super().__init__()
         self.config, self.head_dim = config, head_dim
-        heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
-        self.value_shape = (kv_heads, head_dim)
+        self.value_shape = config.value_shape(ctx.d_model)
+        heads, kv_heads = config.num_heads, self.value_shape[0]
         axis, kv_axis = Axis("heads", heads), Axis("kv_heads", kv_heads)
         self.q = Linear(ctx.d_model, heads * head_dim, axis=axis)
         self.k = Linear(ctx.d_model, kv_heads * head_dim, axis=kv_axis)
