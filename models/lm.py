@@ -4,8 +4,9 @@ Parts outside a pipeline stage are None, and forward passes through them; layers
 Shape suffixes: B batch, T sequence, D model width, V vocabulary.
 """
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,13 @@ from models.config import LMConfig
 from models.layer import Layer
 from models.loss import Embedding, Head, count_targets
 from models.rules import check
-from models.slots import Cache
+from models.slots import Cache, Closer, Opener
 from models.state import Entry, Layout, Side, State
 
 LOSSES = Entry("losses", (1,), Layout.PER_RANK)
 
 
-@dataclasses.dataclass
-class Output:
+class Output(NamedTuple):
     """What `LM.forward` returns.
 
     loss: this rank's share of the sum over tokens of all losses (with targets). token_loss: the cross-entropy part,
@@ -32,8 +32,8 @@ class Output:
     loss: Tensor | None = None
     token_loss: Tensor | None = None
     count: Tensor | None = None
-    losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    stats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    losses: Mapping[str, Tensor] = MappingProxyType({})
+    stats: Mapping[str, Tensor] = MappingProxyType({})
     logits: Tensor | None = None
     state: State | None = None
     cache: dict[str, Cache] | None = None
@@ -53,16 +53,35 @@ class LM(nn.Module):
         d_model, depth = config.d_model, len(config.expanded)
         self.embed: Embedding | None = Embedding(config.vocab_size, d_model)
         self.embed_norm: nn.Module | None = config.norm.embedding(d_model)
-        self.opener = config.residual.open(d_model)
+        self.opener: Opener | None = config.residual.open(d_model)
         self.layers = nn.ModuleDict({str(index): Layer(config, index) for index in range(depth)})
-        self.closer = config.residual.close(d_model, depth)
+        self.closer: Closer | None = config.residual.close(d_model, depth)
         self.norm: nn.Module | None = config.norm.final(d_model)
         self.head: Head | None = Head(config.vocab_size, d_model, tied=config.tie_embeddings)
         self.shard: Callable[[Side], Side] = whole
         self.boundaries = self._boundaries()
+        self.aliases: dict[str, str] = {}
+
+    def prune(self, start: int, stop: int) -> None:
+        """Keep layers start..stop-1, with the embedding if they are the first and the head if they are the last.
+
+        A tied head that loses its embedding gets a copy of its weight; `aliases` says whose.
+        """
+        depth = len(self.layers)
+        for index in range(depth):
+            if not start <= index < stop:
+                del self.layers[str(index)]
+        if stop < depth:
+            self.norm = self.head = self.closer = None
+        if start > 0:
+            self.embed = self.embed_norm = self.opener = None
+            if self.head is not None and self.config.tie_embeddings:
+                self.head.own_weight(self.config.vocab_size, self.config.d_model)
+                self.aliases["head.weight"] = "embed.weight"
 
     def _boundaries(self) -> list[list[Entry]]:
         """The entries alive before layer 0, 1, ..., and after the last: those that are read before they are written."""
+        assert self.opener is not None and self.closer is not None
         layers: list[Layer] = list(self.layers.values())  # type: ignore[arg-type]
         live: list[set[str]] = [set(self.closer.reads)]
         for layer in reversed(layers):
@@ -84,11 +103,9 @@ class LM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        assert self.head is not None
-        if "weight" in self.head.__dict__.get("param_specs", {}):
-            return self.head.weight  # type: ignore[return-value]
-        assert self.embed is not None, "a tied head needs the embedding or a copy of it"
-        return self.embed.weight  # type: ignore[return-value]
+        owner = self.embed if self.head is None or self.head.tied else self.head
+        assert owner is not None, "a tied head needs the embedding or a copy of its weight"
+        return owner.weight
 
     def forward(
         self,
@@ -110,34 +127,33 @@ class LM(nn.Module):
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         side = Side(tokens_BT, positions_BT, documents_BT)
         local = self.shard(side)
-        if self.embed is not None and self.embed_norm is not None:
+        if self.embed is not None and self.embed_norm is not None and self.opener is not None:
             state = self.opener(self.embed_norm(self.embed(local.tokens_BT)))
         assert state is not None, "a stage without the embedding needs the previous stage's state"
         state = dict(state)
         total = state.pop(LOSSES.name, None)
-        out = Output(cache=None if cache is None else {})
+        losses: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
+        caches: dict[str, Cache] | None = None if cache is None else {}
         for name, layer in self.layers.items():
             state, extras = layer(state, side, local, None if cache is None else cache.get(name, {}))
             for key, loss in extras.losses.items():
                 total = loss.reshape(1) if total is None else total + loss.reshape(1)
-                out.losses[key] = out.losses.get(key, 0) + loss.detach()
-            out.stats |= {f"layers.{name}.{key}": value for key, value in extras.stats.items()}
-            if out.cache is not None and extras.cache is not None:
-                out.cache[name] = extras.cache
-        if self.head is None or self.norm is None:
-            out.state = state if total is None else {**state, LOSSES.name: total}
-            return out
+                losses[key] = losses.get(key, 0) + loss.detach()
+            stats |= {f"layers.{name}.{key}": value for key, value in extras.stats.items()}
+            if caches is not None and extras.cache is not None:
+                caches[name] = extras.cache
+        if self.head is None or self.norm is None or self.closer is None:
+            state = state if total is None else {**state, LOSSES.name: total}
+            return Output(losses=losses, stats=stats, state=state)
         h_BTD = self.norm(self.closer(state))
         if targets_BT is None:
-            out.logits = self.head(h_BTD, self.head_weight, None)
-            return out
+            return Output(logits=self.head(h_BTD, self.head_weight, None), cache=caches)
         if local.window is not None:
             targets_BT = targets_BT.narrow(1, *local.window)
-        out.loss = self.head(h_BTD, self.head_weight, targets_BT)
-        out.token_loss, out.count = out.loss.detach(), count_targets(targets_BT)
-        if total is not None:
-            out.loss = out.loss + total[0]
-        return out
+        loss = self.head(h_BTD, self.head_weight, targets_BT)
+        total_loss = loss if total is None else loss + total[0]
+        return Output(total_loss, loss.detach(), count_targets(targets_BT), losses, stats)
 
     def after_step(self, stats: dict[str, Tensor]) -> None:
         """Hand each layer its statistics of the whole step (bias balancing)."""

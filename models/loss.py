@@ -39,9 +39,15 @@ class Head(nn.Module):
 
     def __init__(self, vocab_size: int, d_model: int, tied: bool) -> None:
         super().__init__()
+        self.tied = tied
         if not tied:
-            declare(self, "weight", (vocab_size, d_model), Normal(0.02), (Axis("vocab", vocab_size), None))
+            self.own_weight(vocab_size, d_model)
         self.cross_entropy = cross_entropy
+
+    def own_weight(self, vocab_size: int, d_model: int) -> None:
+        """Give the head a weight of its own: always when untied, a copy when its embedding is on another stage."""
+        self.tied = False
+        declare(self, "weight", (vocab_size, d_model), Normal(0.02), (Axis("vocab", vocab_size), None))
 
     def forward(self, h_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor | None) -> Tensor:
         """Logits [B, T, V], or with targets the loss sum (shape [])."""

@@ -28,7 +28,8 @@ class Entry:
     """One state entry as its writer declares it.
 
     shape: after the batch and sequence dimensions ("B", "T"), global sizes; PER_RANK entries have no such dimensions.
-    heads: for Layout.HEADS, the number of heads in dim 2. dtype: None is the residual stream's own.
+    heads: for Layout.HEADS, the number of heads in dim 2. dtype: None is the residual stream's own, otherwise at least
+    this one (see `dtype_in`).
     """
 
     name: str
@@ -36,6 +37,10 @@ class Entry:
     layout: Layout = Layout.TOKENS
     heads: int | None = None
     dtype: torch.dtype | None = None
+
+    def dtype_in(self, stream: torch.dtype) -> torch.dtype:
+        """Its type where the residual stream has type `stream`: a float32 entry is float64 in a float64 model."""
+        return stream if self.dtype is None else torch.promote_types(stream, self.dtype)
 
 
 class Views(NamedTuple):

@@ -25,9 +25,11 @@ def reduce_scatter(x: Tensor, dim: int, ranks: Ranks) -> Tensor:
     """This rank's piece of the sum of every rank's x, along dim, without gradient."""
     if ranks.size == 1:
         return x
-    stacked = torch.stack(x.chunk(ranks.size, dim)).contiguous()
-    out = torch.empty_like(stacked[0])
-    dist.reduce_scatter_tensor(out, stacked, group=ranks.group)
+    pieces = torch.stack(x.chunk(ranks.size, dim))
+    out = torch.empty_like(pieces[0])
+    # The same function: torch 2.13 renames it and warns about the name that 2.11 has.
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    collective(out, pieces.flatten(0, 1), group=ranks.group)
     return out
 
 

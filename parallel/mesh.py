@@ -180,6 +180,18 @@ class Mesh:
         row = next(row for row in rows if self.rank in row)
         return Ranks(size, row.index(self.rank), group)
 
+    def pipeline_ranks(self, stages: list[int]) -> Ranks:
+        """The pipeline ranks `stages` among those that differ from this rank in pp only; alone if it is not one of them."""
+        if len(stages) == 1:
+            return Ranks()
+        ranks = torch.arange(self.config.world_size).view(self.config.pp, -1)[stages].T.tolist()
+        mine = None
+        for row in ranks:
+            group = dist.new_group(row)
+            if self.rank in row:
+                mine = Ranks(len(row), row.index(self.rank), group)
+        return mine or Ranks()
+
     @functools.cached_property
     def fsdp_mesh(self) -> DeviceMesh:
         """Over which dense parameters are sharded: (replicate,) shard x cp."""

@@ -1,0 +1,56 @@
+"""Context parallelism by Ulysses (DeepSpeed-Ulysses, arXiv 2309.14509): every mixer's core sees the whole sequence of its heads.
+
+Around `core` heads are exchanged for tokens and back; projections and merges stay on the rank's share of the sequence.
+Shape suffixes: B batch, T sequence (share), H heads.
+"""
+
+from torch import Tensor
+
+from models.layer import Core, LocalCore
+from models.lm import LM
+from models.slots import Cache
+from models.state import Side
+from parallel.collectives import all_to_all, gather
+from parallel.mesh import Mesh, Ranks
+
+
+class UlyssesCore(LocalCore):
+    def __init__(self, cp: Ranks) -> None:
+        self.cp = cp
+
+    def __call__(
+        self, core: Core, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
+        assert cache is None, "decoding does not run under context parallelism"
+        moved = {name: gather(x, 1, self.cp) if x.dim() == 2 else self.to_heads(x) for name, x in heads.items()}
+        out_BTHV, _ = core(moved, {name: self.rows(weight) for name, weight in weights.items()}, side, None)
+        return self.to_tokens(out_BTHV), None
+
+    def to_heads(self, x_BTH: Tensor) -> Tensor:
+        """[B, T, H, ...] to [B, T * cp, H / cp, ...]; fewer heads than ranks are repeated, and their gradients add up."""
+        n, heads = self.cp.size, x_BTH.shape[2]
+        if heads % n:
+            x_BTH = x_BTH.repeat_interleave(n // heads, 2)
+        stacked = x_BTH.unflatten(2, (n, -1)).movedim(2, 0)
+        out = all_to_all(stacked, [1] * n, [1] * n, self.cp)
+        return out.transpose(0, 1).flatten(1, 2)
+
+    def to_tokens(self, x_BTH: Tensor) -> Tensor:
+        """The way back: [B, T * cp, H / cp, ...] to [B, T, H, ...]."""
+        n = self.cp.size
+        stacked = x_BTH.unflatten(1, (n, -1)).movedim(1, 0)
+        out = all_to_all(stacked, [1] * n, [1] * n, self.cp)
+        return out.movedim(0, 2).flatten(2, 3)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The rows of a per-head parameter that belong to this rank's heads."""
+        n, heads = self.cp.size, weight.shape[0]
+        if heads % n == 0:
+            return weight.narrow(0, self.cp.index * (heads // n), heads // n)
+        return weight.narrow(0, self.cp.index // (n // heads), 1)
+
+
+def parallelize(model: LM, mesh: Mesh) -> None:
+    if mesh.cp.size > 1:
+        for layer in model.layers.values():
+            layer.mixer.branch.run_core = UlyssesCore(mesh.cp)  # type: ignore[union-attr]

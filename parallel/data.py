@@ -1,0 +1,40 @@
+"""FSDP2 over data and context ranks. Gradients are sums (divide factor 1); see `parallel.gradients` for the rest.
+
+Experts are sharded over their own data ranks. Under schedules that split the backward pass a stage is one unit, and its
+experts stay whole: per-layer units give wrong gradients there without an error (measured, torch 2.13).
+"""
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from models.lm import LM
+from models.params import Axis
+from parallel.mesh import Mesh
+from parallel.shards import EXPERT_AXES
+
+
+def is_expert(module: nn.Module) -> bool:
+    """Whether the module itself declares parameters with an expert axis."""
+    specs = module.__dict__.get("param_specs", {}).values()
+    return any(isinstance(axis, Axis) and axis.name in EXPERT_AXES for spec in specs for axis in spec.axes)
+
+
+def parallelize(root: nn.Module, model: LM, mesh: Mesh) -> None:
+    """Shard `model`'s parameters; `root` is what is called: the model, or the stage around it."""
+    if mesh.config.shard == 1:
+        return
+    one_unit = mesh.config.splits_backward
+    whole: set[nn.Parameter] = set()
+    for module in [m for m in model.modules() if is_expert(m)]:
+        if one_unit or mesh.expert_fsdp_mesh.size(-1) == 1:
+            whole |= set(module.parameters(recurse=False))
+        else:
+            fully_shard(module, mesh=mesh.expert_fsdp_mesh)
+    if not one_unit:
+        for layer in model.layers.values():
+            fully_shard(layer, mesh=mesh.fsdp_mesh, ignored_params=whole)
+    fully_shard(root, mesh=mesh.fsdp_mesh, ignored_params=whole)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

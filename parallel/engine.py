@@ -1,0 +1,246 @@
+"""The engine: one model on one mesh. Builds, shards, initialises, and turns a batch into gradients that are complete.
+
+The order of application is the body of `Engine.__init__`; nothing else touches a model's placement.
+Shape suffixes: N this data rank's sequences of a step, T sequence.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from models.config import LMConfig
+from models.lm import LM
+from models.loss import IGNORE
+from models.params import ParamSpec
+from parallel import context, data, expert, gradients, pipeline, tensor
+from parallel.gradients import Held
+from parallel.mesh import Mesh, Ranks
+from parallel.preflight import refuse
+from parallel.shards import cut_parameters, fill, shards, whole, write
+
+
+@dataclasses.dataclass
+class Batch:
+    """One data rank's sequences of a step, micro-batch-major: int64 [N, T]. targets: -100 is none."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None = None
+    positions: Tensor | None = None
+
+    def side(self) -> dict[str, Tensor]:
+        return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) is not None}
+
+
+@dataclasses.dataclass
+class StepOutput:
+    """Equal on all ranks. loss: mean cross-entropy over the step's valid targets. losses: other losses, likewise divided
+    by the token count. stats: sums over the step."""
+
+    loss: Tensor
+    tokens: int
+    losses: dict[str, Tensor]
+    stats: dict[str, Tensor]
+
+
+def pad(batch: Batch, multiple: int) -> Batch:
+    """Fill up the sequence to a multiple with tokens that are no one's document and have no target."""
+    short = -batch.tokens.shape[1] % multiple
+    if not short:
+        return batch
+    documents = batch.documents if batch.documents is not None else torch.zeros_like(batch.tokens)
+    positions = batch.positions
+    if positions is None:
+        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
+    return Batch(
+        F.pad(batch.tokens, (0, short)),
+        F.pad(batch.targets, (0, short), value=IGNORE),
+        F.pad(documents, (0, short), value=-1),
+        F.pad(positions, (0, short)),
+    )
+
+
+class Engine:
+    """Raises ValueError, before anything is allocated, for a model that the mesh cannot hold."""
+
+    def __init__(self, config: LMConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        self.config, self.mesh, self.dtype = config, mesh, dtype
+        refuse(config, mesh.config)
+        with torch.device("meta"):
+            whole_model = LM(config)
+            self.stages = pipeline.stages(config, mesh) if mesh.pp.size > 1 else []
+        self.models: list[LM] = [stage.model for stage in self.stages] or [whole_model]
+        heads = tensor.over_heads(whole_model)
+        for index, model in enumerate(self.models):
+            model.to(dtype)
+            cut_parameters(model, mesh)
+            tensor.parallelize(model, mesh, heads)
+            context.parallelize(model, mesh)
+            expert.parallelize(model, mesh)
+            data.parallelize(self.stages[index] if self.stages else model, model, mesh)
+            model.to_empty(device=mesh.device)
+            fill(model, mesh, seed)
+            for name, buffer in model.named_buffers():
+                assert name.endswith("balance_bias"), f"buffer {name} has no declared initial value"
+                buffer.zero_()
+        self.shared = self._shared()
+        self._schedules: dict[tuple[int, ...], object] = {}
+
+    def _shared(self) -> dict[str, Ranks]:
+        """Parameters with copies on several stages, and the pipeline ranks that hold them."""
+        if not self.stages or not self.config.tie_embeddings:
+            return {}
+        last = pipeline.owner(pipeline.num_stages(self.mesh.config) - 1, self.mesh.config)
+        return {"embed.weight": self.mesh.pipeline_ranks(sorted({0, last}))}
+
+    def held(self) -> Iterator[Held]:
+        for model in self.models:
+            for module, attribute, piece in shards(model, self.mesh):
+                alias = piece.name in model.aliases.values() and isinstance(module, type(model.head))
+                yield Held(getattr(module, attribute), piece, alias)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]:
+        """(global name, local parameter, spec); a copy's name ends in "@copy"."""
+        for held in self.held():
+            yield held.shard.name + ("@copy" if held.copy else ""), held.parameter, held.shard.spec
+
+    def step_gradients(self, batch: Batch, micro_batches: int) -> StepOutput:
+        """Zero the gradients, run forward and backward over this data rank's batch, and complete them.
+
+        Raises ValueError when the sequences do not divide into micro-batches, or the schedule needs more of them.
+        """
+        sequences = batch.tokens.shape[0]
+        if sequences % micro_batches:
+            raise ValueError(f"{sequences} sequences per data rank do not divide into {micro_batches} micro-batches")
+        if self.stages:
+            pipeline.refuse(self.mesh.config, len(self.config.expanded), micro_batches)
+        for held in self.held():
+            held.parameter.grad = None
+        batch = pad(batch, self.mesh.sequence.size)
+        tokens = int(self._sum_over_data((batch.targets != IGNORE).sum()))
+        scale = 1.0 / max(tokens, 1)
+        record = self._pipelined(batch, micro_batches, scale) if self.stages else self._local(batch, micro_batches, scale)
+        gradients.reduce(self.held(), self.mesh, self.shared)
+        return self._output(record, tokens)
+
+    def _sum_over_data(self, x: Tensor) -> Tensor:
+        """Over data ranks only: tensor, context and pipeline ranks hold the same sequences."""
+        if self.mesh.data_size == 1:
+            return x
+        x = x.clone()
+        if self.mesh.sequence.index:
+            x.zero_()
+        return self.mesh.stage.sum_(x)
+
+    def _local(self, batch: Batch, micro_batches: int, scale: float) -> pipeline.Record:
+        model, record = self.models[0], pipeline.Record()
+        chunks = {name: x.chunk(micro_batches) for name, x in batch.side().items()}
+        for index in range(micro_batches):
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(index == micro_batches - 1)
+            side = {name: parts[index] for name, parts in chunks.items()}
+            out = model(
+                side["tokens"],
+                side["targets"],
+                documents_BT=side.get("documents"),
+                positions_BT=side.get("positions"),
+            )
+            (out.loss * scale).backward()
+            record.add(out)
+        return record
+
+    def _pipelined(self, batch: Batch, micro_batches: int, scale: float) -> pipeline.Record:
+        sequences, length = batch.tokens.shape
+        key = (micro_batches, sequences // micro_batches, length)
+        if key not in self._schedules:
+            self._schedules[key] = pipeline.build_schedule(self.stages, self.mesh, *key, self.dtype)
+        record = pipeline.Record()
+        for stage in self.stages:
+            stage.scale, stage.record = scale, record
+        last = any(not stage.entries_out for stage in self.stages)
+        self._schedules[key].step(**batch.side(), target=batch.targets if last else None)  # type: ignore[attr-defined]
+        return record
+
+    @torch.no_grad()
+    def _output(self, record: pipeline.Record, tokens: int) -> StepOutput:
+        """Sum what the ranks recorded: tokens are spread over data, context and tensor ranks, layers over stages."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for value in record.token_loss:
+            loss = loss + value
+        losses = self._sum_named(record.losses)
+        stats = self._sum_named(record.stats)
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+        return StepOutput(loss / max(tokens, 1), tokens, {k: v / max(tokens, 1) for k, v in losses.items()}, stats)
+
+    def _sum_named(self, records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Sum over micro-batches, the ranks of the stage, and the stages that have the name."""
+        sums: dict[str, Tensor] = {}
+        for record in records:
+            for name, value in record.items():
+                sums[name] = sums[name] + value if name in sums else value.clone()
+        for value in sums.values():
+            self.mesh.stage.sum_(value)
+        if self.mesh.pp.size > 1:
+            everyone: list[dict[str, Tensor] | None] = [None] * self.mesh.pp.size
+            dist.all_gather_object(everyone, sums, group=self.mesh.pp.group)
+            sums = {}
+            for theirs in everyone:
+                for name, value in (theirs or {}).items():
+                    sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def grad_norm(self) -> Tensor:
+        return gradients.norm(self.held(), self.mesh)
+
+    def clip(self, max_norm: float, norm: Tensor) -> None:
+        gradients.clip(self.held(), max_norm, norm)
+
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        for model in self.models:
+            model.after_step(stats)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        """(cross-entropy sum, valid targets) of the batches of all data ranks; equal on all ranks."""
+        batch = pad(batch, self.mesh.sequence.size)
+        if self.stages:
+            out = pipeline.relay(self.stages, self.mesh, batch.side(), self.dtype)
+        else:
+            out = self.models[0](batch.tokens, batch.targets, documents_BT=batch.documents, positions_BT=batch.positions)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        if out is not None:
+            sums = torch.stack([out.token_loss.double(), out.count.double()])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return float(sums[0]), int(sums[1])
+
+    def whole_tensors(self, pick) -> dict[str, Tensor]:
+        """`pick(held)` of every parameter of this rank's stages, whole, by global name (a collective)."""
+        return {h.shard.name: whole(pick(h), h.shard, self.mesh) for h in self.held() if not h.copy}
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the model, whole, on the CPU of every rank (a collective)."""
+        state = self.whole_tensors(lambda held: held.parameter)
+        for model in self.models:
+            state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+        state = {name: value.detach().cpu() for name, value in state.items()}
+        if self.mesh.pp.size > 1:
+            everyone: list[dict[str, Tensor] | None] = [None] * self.mesh.pp.size
+            dist.all_gather_object(everyone, state, group=self.mesh.pp.group)
+            state = {name: value for theirs in everyone for name, value in (theirs or {}).items()}
+        return state
+
+    @torch.no_grad()
+    def load_full_state(self, state: dict[str, Tensor]) -> None:
+        """Fill every parameter and buffer from whole tensors; every name must be there."""
+        for held in self.held():
+            write(held.parameter, held.shard, state[held.shard.name])
+        for model in self.models:
+            for name, buffer in model.named_buffers():
+                buffer.copy_(state[name])

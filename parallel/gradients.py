@@ -1,0 +1,112 @@
+"""The gradient rule, in one place: after the last micro-batch every gradient is summed once over the ranks that saw a part.
+
+The loss is divided by the global token count before backward, so sums are all there is. A parameter's ranks follow from how
+it is held: FSDP has summed its own over data and context ranks; plain ones are summed here; pieces that several tensor
+ranks hold saw only local tokens or heads, and are summed over those; copies on other stages are summed last.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from parallel.mesh import Mesh, Ranks
+from parallel.shards import Shard
+
+
+@dataclasses.dataclass
+class Held:
+    """A parameter as this rank holds it. copy: its owner is another stage. owned: counted in the norm here."""
+
+    parameter: torch.nn.Parameter
+    shard: Shard
+    copy: bool = False
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.parameter, DTensor)
+
+    @property
+    def gradient(self) -> Tensor:
+        """The local gradient; made of zeros if the parameter took no part."""
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        grad = self.parameter.grad
+        return grad.to_local() if isinstance(grad, DTensor) else grad
+
+    def holders(self, mesh: Mesh) -> int:
+        """How many ranks of the stage hold these same elements."""
+        if self.shard.expert:
+            data = self.parameter.device_mesh if isinstance(self.parameter, DTensor) else None
+            return mesh.expert_data.size if data is None else mesh.expert_data.size // data.size(-1)
+        data = mesh.data.size
+        if isinstance(self.parameter, DTensor):
+            data //= self.parameter.device_mesh.size(-1)
+        return data * (mesh.tp.size // self.shard.pieces)
+
+
+def sum_bucket(gradients: list[Tensor], ranks: Ranks) -> None:
+    """One all-reduce per dtype for many tensors."""
+    if ranks.size == 1:
+        return
+    for dtype in sorted({g.dtype for g in gradients}, key=str):
+        same = [g for g in gradients if g.dtype == dtype]
+        flat = ranks.sum_(torch.cat([g.reshape(-1) for g in same]))
+        for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def sum_pieces(held: Held, tp: Ranks) -> None:
+    """Sum over the tensor ranks that hold the same piece: each piece has a slot in one all-reduced buffer."""
+    gradient = held.gradient
+    slot = tp.index * held.shard.pieces // tp.size
+    slots = gradient.new_zeros((held.shard.pieces, *gradient.shape))
+    slots[slot] = gradient
+    gradient.copy_(tp.sum_(slots)[slot])
+
+
+@torch.no_grad()
+def reduce(parameters: Iterable[Held], mesh: Mesh, shared: dict[str, Ranks]) -> None:
+    """Sum every gradient over the ranks that saw a part of it. Call once per step, on all ranks.
+
+    shared: for parameters with copies, the stages that hold one.
+    """
+    parameters = list(parameters)
+    sum_bucket([h.gradient for h in parameters if not h.sharded and not h.shard.expert], mesh.data)
+    sum_bucket([h.gradient for h in parameters if not h.sharded and h.shard.expert], mesh.expert_data)
+    dense = [h for h in parameters if not h.shard.expert]
+    sum_bucket([h.gradient for h in dense if h.shard.pieces == 1], mesh.tp)
+    for held in dense:
+        if 1 < held.shard.pieces < mesh.tp.size:
+            sum_pieces(held, mesh.tp)
+    for name, ranks in shared.items():
+        copies = [h.gradient for h in parameters if h.shard.name == name]
+        if copies:
+            total = ranks.sum_(torch.stack(copies).sum(0))
+            for gradient in copies:
+                gradient.copy_(total)
+
+
+@torch.no_grad()
+def norm(parameters: Iterable[Held], mesh: Mesh) -> Tensor:
+    """The global L2 norm of all gradients (float64, shape []), every element counted once."""
+    total = torch.zeros((), dtype=torch.float64)
+    for held in parameters:
+        if not held.copy:
+            total = total + held.gradient.double().square().sum().cpu() / held.holders(mesh)
+    if dist.is_initialized():
+        total = total.to(mesh.device)
+        dist.all_reduce(total)
+    return total.sqrt()
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[Held], max_norm: float, global_norm: Tensor) -> None:
+    """Scale all gradients so that the global norm is at most max_norm."""
+    factor = float((max_norm / (global_norm + 1e-6)).clamp(max=1.0))
+    if factor < 1.0:
+        for held in parameters:
+            held.gradient.mul_(factor)

@@ -1,0 +1,222 @@
+"""Pipeline stages over the state: the only place where it is flattened for the wire.
+
+Token ids, targets, document ids and positions are keyword arguments that every stage takes from the data order.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+from models.config import LMConfig
+from models.lm import LM, Output
+from models.params import Axis
+from models.state import Entry, Layout
+from parallel.mesh import Mesh, MeshConfig
+from parallel.shards import split
+
+CLASSES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+ONE_STAGE = ("gpipe", "1f1b")
+V_SHAPED = ("zbv", "dualpipev")
+
+
+def num_stages(mesh: MeshConfig) -> int:
+    return mesh.pp if mesh.schedule in ONE_STAGE else 2 * mesh.pp
+
+
+def owner(stage: int, mesh: MeshConfig) -> int:
+    """The pipeline rank that runs `stage`: in a loop, or down and up again (V)."""
+    turned_back = mesh.schedule in V_SHAPED and stage >= mesh.pp
+    return 2 * mesh.pp - 1 - stage if turned_back else stage % mesh.pp
+
+
+def cuts(num_layers: int, stages: int) -> list[tuple[int, int]]:
+    """Layers start..stop-1 of each stage, as even as can be."""
+    edges = [round(i * num_layers / stages) for i in range(stages + 1)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def refuse(mesh: MeshConfig, num_layers: int, micro_batches: int) -> None:
+    """Raise ValueError where the schedule cannot run, with the nearest thing that can."""
+    stages = num_stages(mesh)
+    if stages > num_layers:
+        fit = "" if stages == mesh.pp else f" (two per rank under {mesh.schedule})"
+        raise ValueError(
+            f"pp={mesh.pp} makes {stages} stages{fit} and the model has {num_layers} layers; "
+            f"use pp={num_layers * mesh.pp // stages or 1}, or a schedule with one stage per rank such as 1f1b"
+        )
+    if mesh.schedule in ("interleaved", "zero_bubble") and micro_batches % mesh.pp:
+        up = -(-micro_batches // mesh.pp) * mesh.pp
+        raise ValueError(f"schedule {mesh.schedule} takes a multiple of pp={mesh.pp} micro-batches and has {micro_batches}; use {up}")
+    least = stages if mesh.schedule in V_SHAPED else 1
+    if micro_batches < least:
+        raise ValueError(f"schedule {mesh.schedule} needs at least {least} micro-batches and has {micro_batches}; use {least}")
+
+
+@dataclasses.dataclass
+class Record:
+    """What the forward passes of one step leave beside the gradient: detached sums."""
+
+    token_loss: list[Tensor] = dataclasses.field(default_factory=list)
+    count: list[Tensor] = dataclasses.field(default_factory=list)
+    losses: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)
+    stats: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)
+
+    def add(self, out: Output) -> None:
+        if out.token_loss is not None and out.count is not None:
+            self.token_loss.append(out.token_loss)
+            self.count.append(out.count)
+        self.losses.append(dict(out.losses))
+        self.stats.append(dict(out.stats))
+
+
+class Stage(nn.Module):
+    """A slice of the model that takes and returns tensors by position, in the order of its boundary's entries.
+
+    The last stage returns its share of the loss, times `scale` (1 / global tokens), shape (1,).
+    """
+
+    def __init__(self, model: LM, entries_in: list[Entry], entries_out: list[Entry]) -> None:
+        super().__init__()
+        self.model = model
+        self.entries_in, self.entries_out = entries_in, entries_out
+        self.scale = 1.0
+        self.record = Record()
+
+    def run(self, tensors: tuple[Tensor, ...], side: dict[str, Tensor]) -> Output:
+        names = [entry.name for entry in self.entries_in]
+        state = dict(zip(names, tensors, strict=True)) if self.model.embed is None else None
+        return self.model(
+            side["tokens"],
+            side["targets"],
+            documents_BT=side.get("documents"),
+            positions_BT=side.get("positions"),
+            state=state,
+        )
+
+    def forward(self, *tensors: Tensor, **side: Tensor) -> Tensor | tuple[Tensor, ...]:
+        out = self.run(tensors, side)
+        self.record.add(out)
+        if out.state is None:
+            assert out.loss is not None
+            return owned((out.loss * self.scale).reshape(1))
+        return tuple(owned(out.state[entry.name]) for entry in self.entries_out)
+
+
+def owned(x: Tensor) -> Tensor:
+    """A contiguous tensor with storage of its own: split-backward schedules free what they send."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def stages(config: LMConfig, mesh: Mesh) -> list[Stage]:
+    """This rank's stages, on the meta device, whole parameters."""
+    count = num_stages(mesh.config)
+    mine = []
+    for index, (start, stop) in enumerate(cuts(len(config.expanded), count)):
+        if owner(index, mesh.config) == mesh.pp.index:
+            model = LM(config)
+            entries_in, entries_out = model.boundaries[start], model.boundaries[stop]
+            model.prune(start, stop)
+            mine.append(Stage(model, entries_in if index else [], entries_out if index < count - 1 else []))
+    return mine
+
+
+def stage_indices(mesh: Mesh) -> list[int]:
+    return [i for i in range(num_stages(mesh.config)) if owner(i, mesh.config) == mesh.pp.index]
+
+
+def local_shape(entry: Entry, batch: int, sequence: int, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of a state entry on this rank."""
+    if entry.layout is Layout.PER_RANK:
+        return entry.shape
+    if entry.layout is Layout.TOKENS:
+        return (batch, sequence // mesh.sequence.size, *entry.shape)
+    assert entry.heads is not None
+    _, heads, _ = split(Axis("kv_heads", entry.heads), entry.heads, mesh.tp.index, mesh.tp.size)
+    return (batch, sequence // mesh.cp.size, heads, *entry.shape[1:])
+
+
+def example(entries: list[Entry], batch: int, sequence: int, mesh: Mesh, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Meta tensors of a boundary, from which the wire's buffers are made."""
+    shapes = [local_shape(entry, batch, sequence, mesh) for entry in entries]
+    dtypes = [torch.promote_types(dtype, entry.dtype or dtype) for entry in entries]
+    return tuple(torch.empty(s, dtype=d, device="meta", requires_grad=True) for s, d in zip(shapes, dtypes, strict=True))
+
+
+def build_schedule(
+    mine: list[Stage], mesh: Mesh, micro_batches: int, batch: int, sequence: int, dtype: torch.dtype
+) -> Any:
+    """A torch schedule over this rank's stages for micro-batches of shape [batch, sequence]."""
+    wired = []
+    for index, stage in zip(stage_indices(mesh), mine, strict=True):
+        loss = (torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True),)
+        wired.append(
+            PipelineStage(
+                stage,
+                index,
+                num_stages(mesh.config),
+                torch.device(mesh.device),
+                input_args=example(stage.entries_in, batch, sequence, mesh, dtype),
+                output_args=example(stage.entries_out, batch, sequence, mesh, dtype) or loss,
+                group=mesh.pp.group,
+            )
+        )
+    single = mesh.config.schedule in ONE_STAGE
+    return CLASSES[mesh.config.schedule](
+        wired[0] if single else wired,
+        n_microbatches=micro_batches,
+        loss_fn=lambda out, _: out.sum(),
+        scale_grads=False,
+    )
+
+
+@torch.no_grad()
+def relay(mine: list[Stage], mesh: Mesh, side: dict[str, Tensor], dtype: torch.dtype) -> Output | None:
+    """Forward through all stages in order, for evaluation (`schedule.eval` fails on V schedules).
+
+    Returns the output on the rank of the last stage, None elsewhere.
+    """
+    batch, sequence = side["tokens"].shape
+    local = dict(zip(stage_indices(mesh), mine, strict=True))
+    out, sent = None, []
+    for index in range(num_stages(mesh.config)):
+        if index not in local:
+            continue
+        stage = local[index]
+        inputs: tuple[Tensor, ...] = ()
+        if index > 0:
+            source = owner(index - 1, mesh.config)
+            if source == mesh.pp.index:
+                assert out is not None and out.state is not None
+                inputs = tuple(out.state[entry.name] for entry in stage.entries_in)
+            else:
+                meta = example(stage.entries_in, batch, sequence, mesh, dtype)
+                inputs = tuple(torch.empty(m.shape, dtype=m.dtype, device=mesh.device) for m in meta)
+                for x in inputs:
+                    dist.recv(x, group=mesh.pp.group, group_src=source)
+        out = stage.run(inputs, side)
+        if out.state is not None and owner(index + 1, mesh.config) != mesh.pp.index:
+            for entry in stage.entries_out:
+                x = out.state[entry.name].contiguous()
+                sent.append((dist.isend(x, group=mesh.pp.group, group_dst=owner(index + 1, mesh.config)), x))
+    for work, _ in sent:
+        work.wait()
+    return out if out is not None and out.state is None else None

@@ -1,0 +1,136 @@
+"""Tensor parallelism with sequence parallelism, from the axes that parameters declare.
+
+Outside branches every rank works on its share of the tokens. A branch gathers them on entry, works on its own heads or
+hidden columns, and its partial sum is reduce-scattered on exit. Head and embedding split the vocabulary.
+Shape suffixes: B batch, T sequence, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.layer import Boundary
+from models.lm import LM
+from models.loss import IGNORE
+from models.params import upcast
+from models.state import Layout, Side, State, Views
+from parallel.collectives import all_gather, gather, scatter_sum
+from parallel.mesh import Mesh, Ranks
+
+
+class TensorBoundary(Boundary):
+    """Gather on entry, reduce-scatter on exit, along the sequence. Entries laid out over heads are already whole."""
+
+    def __init__(self, tp: Ranks, over_heads: frozenset[str]) -> None:
+        self.tp, self.over_heads = tp, over_heads
+
+    def enter(self, views: Views, inputs: State) -> tuple[Views, State]:
+        gathered = {k: x if k in self.over_heads else gather(x, 1, self.tp) for k, x in inputs.items()}
+        return views.map(lambda view: gather(view, 1, self.tp)), gathered
+
+    def exit(self, out_BTD: Tensor) -> Tensor:
+        return scatter_sum(out_BTD, 1, self.tp)
+
+    def side(self, side: Side) -> Side:
+        assert side.window is not None
+        start, length = side.window
+        return side.narrow(-self.tp.index * length, length * self.tp.size)
+
+
+class VocabLookup:
+    """Each rank looks up its rows of the vocabulary for the group's tokens; the sum is scattered over the sequence."""
+
+    def __init__(self, tp: Ranks) -> None:
+        self.tp = tp
+
+    def __call__(self, weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:
+        ids = all_gather(tokens_BT, 1, self.tp) - self.tp.index * weight_VD.shape[0]
+        mine = (ids >= 0) & (ids < weight_VD.shape[0])
+        out = F.embedding(ids.where(mine, 0), weight_VD) * mine[..., None].to(weight_VD.dtype)
+        return scatter_sum(out, 1, self.tp)
+
+
+class VocabCrossEntropy:
+    """Cross-entropy over a split vocabulary. Returns the sum over this rank's own tokens; its gradient covers the group's."""
+
+    def __init__(self, tp: Ranks) -> None:
+        self.tp = tp
+
+    def __call__(self, h_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
+        targets = all_gather(targets_BT, 1, self.tp)
+        logits = upcast(F.linear(gather(h_BTD, 1, self.tp), weight_VD))
+        return _SplitCrossEntropy.apply(logits, targets, self.tp)
+
+
+class _SplitCrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[target], the vocabulary split over `tp`, the tokens whole on every rank.
+
+    The loss of the group is the sum of the ranks' shares, so each rank's backward differentiates that sum with respect to
+    its own logits: softmax minus one-hot, for all tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor, targets_BT: Tensor, tp: Ranks) -> Tensor:
+        size = logits_BTV.shape[-1]
+        top = tp.max_(logits_BTV.amax(-1))
+        exp = (logits_BTV - top[..., None]).exp()
+        denominator = tp.sum_(exp.sum(-1))
+        ids = targets_BT - tp.index * size
+        mine = (ids >= 0) & (ids < size)
+        picked = logits_BTV.gather(-1, ids.where(mine, 0)[..., None])[..., 0] * mine
+        loss_BT = (denominator.log() + top - tp.sum_(picked)) * (targets_BT != IGNORE)
+        ctx.save_for_backward(exp / denominator[..., None], ids, mine, targets_BT)
+        return loss_BT.chunk(tp.size, dim=1)[tp.index].sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        softmax, ids, mine, targets = ctx.saved_tensors
+        one_hot = torch.zeros_like(softmax).scatter_(-1, ids.where(mine, 0)[..., None], mine[..., None].to(softmax.dtype))
+        return (softmax - one_hot) * (grad * (targets != IGNORE)[..., None]), None, None
+
+
+def over_heads(model: LM) -> frozenset[str]:
+    """The entries that lie over heads, by name."""
+    entries = [entry for layer in model.layers.values() for _, writes in layer.events() for entry in writes]  # type: ignore[operator]
+    return frozenset(entry.name for entry in entries if entry.layout is Layout.HEADS)
+
+
+def parallelize(model: LM, mesh: Mesh, heads: frozenset[str]) -> None:
+    """Set every branch's boundary and the vocabulary's ends; `heads`: see `over_heads` of the whole model."""
+    tp, cp = mesh.tp, mesh.cp
+    if mesh.sequence.size > 1:
+        model.shard = TokenShard(tp, cp)
+    if tp.size == 1:
+        return
+    for layer in model.layers.values():
+        for sublayer in (layer.mixer, layer.ffn):
+            if sublayer.branch.entry == "gathered":  # type: ignore[union-attr]
+                sublayer.boundary = TensorBoundary(tp, heads)  # type: ignore[union-attr]
+    if model.embed is not None:
+        model.embed.lookup = VocabLookup(tp)
+    if model.head is not None:
+        model.head.cross_entropy = VocabCrossEntropy(tp)
+
+
+class TokenShard:
+    """This rank's window of the sequence: context ranks first, tensor ranks inside."""
+
+    def __init__(self, tp: Ranks, cp: Ranks) -> None:
+        self.count, self.index = cp.size * tp.size, cp.index * tp.size + tp.index
+
+    def __call__(self, side: Side) -> Side:
+        length, rest = divmod(side.tokens.shape[1], self.count)
+        assert rest == 0, "the engine pads the sequence to a multiple of cp x tp"
+        return side.narrow(self.index * length, length)
+
+
+def check_replicas(x: Tensor, ranks: Ranks) -> bool:
+    """Whether x is bitwise equal on all ranks."""
+    if ranks.size == 1:
+        return True
+    parts = [torch.empty_like(x) for _ in range(ranks.size)]
+    dist.all_gather(parts, x.contiguous(), group=ranks.group)
+    return all(torch.equal(part, x) for part in parts)

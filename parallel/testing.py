@@ -1,0 +1,132 @@
+"""A pool of gloo processes, started once: spawning and importing torch for every test would cost seconds each.
+
+A task is an importable function; it runs on the first `world` workers inside a process group made for it, and each rank's
+return value comes back. A failure or a missed deadline ends the whole pool, which starts afresh on the next task, so that no
+rank is ever left waiting. Workers end with their parent.
+"""
+
+import multiprocessing as mp
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import debug
+
+
+class RankError(RuntimeError):
+    """A task failed on one rank; the message is that rank's traceback."""
+
+
+def end_with_parent(parent: int) -> None:
+    """Exit once the parent is gone, even in the middle of a collective."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def work(connection: Connection) -> None:
+    """The loop of one worker: receive a task, join its process group, run it, answer."""
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            os._exit(0)
+        function, args, rank, world, port, name, environment = task
+        os.environ.update(environment)
+        try:
+            store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            try:
+                answer = (True, function(*args))
+            finally:
+                dist.destroy_process_group()
+                # DTensor's cache would hand the next task meshes whose groups are gone.
+                debug._clear_sharding_prop_cache()
+        except Exception:
+            answer = (False, f"rank {rank} of {world}:\n{traceback.format_exc()}")
+        connection.send(answer)
+
+
+class Pool:
+    """Up to `size` gloo ranks. Use as a context manager, or call `close`."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._workers: list[tuple[Any, Connection]] = []
+        self._store: dist.TCPStore | None = None
+        self._tasks = 0
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+        """`function(*args)` on ranks 0..world-1; their return values in order.
+
+        Raises RankError with the first failing rank's traceback, TimeoutError naming the ranks that did not answer.
+        """
+        if world > self.size:
+            raise ValueError(f"the pool has {self.size} processes and the task wants {world}")
+        self._start(world)
+        assert self._store is not None
+        self._tasks += 1
+        environment = {k: v for k, v in os.environ.items() if k.startswith("WEFT_")}
+        for rank in range(world):
+            task = (function, args, rank, world, self._store.port, f"task{self._tasks}", environment)
+            self._workers[rank][1].send(task)
+        return self._collect(world, timeout)
+
+    def _collect(self, world: int, timeout: float) -> list[Any]:
+        deadline = time.monotonic() + timeout
+        results: dict[int, Any] = {}
+        waiting = {self._workers[rank][1]: rank for rank in range(world)}
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close()
+                raise TimeoutError(f"ranks {sorted(waiting.values())} of {world} did not answer within {timeout:.0f} s")
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                try:
+                    good, answer = connection.recv()
+                except EOFError:
+                    good, answer = False, f"rank {rank} of {world} died without a word"
+                if not good:
+                    self.close()
+                    raise RankError(answer)
+                results[rank] = answer
+        return [results[rank] for rank in range(world)]
+
+    def _start(self, world: int) -> None:
+        """Have at least `world` workers. They are forked from a server that has imported torch already."""
+        if self._store is None:
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["parallel.check"])
+        while len(self._workers) < world:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def close(self) -> None:
+        """End all workers at once."""
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers, self._store = [], None
