@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.buffers import reset_buffers
+
 
 class Init(Protocol):
     """Draws a whole (unsharded) parameter in float32 from a generator of its own."""
@@ -87,7 +89,9 @@ def declare(
     Raises ValueError for a 0-d parameter, which FSDP2 cannot shard: use shape (1,).
     """
     if not shape:
-        raise ValueError(f"parameter {name!r} has no dimension; FSDP2 refuses 0-d parameters, declare it with shape (1,)")
+        raise ValueError(
+            f"parameter {name!r} has no dimension; FSDP2 refuses 0-d parameters, declare it with shape (1,)"
+        )
     axes = axes or (None,) * len(shape)
     assert len(axes) == len(shape), (name, shape, axes)
     specs: dict[str, ParamSpec] = module.__dict__.setdefault("param_specs", {})
@@ -112,10 +116,11 @@ def initial_value(spec: ParamSpec, name: str, seed: int) -> Tensor:
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of an unsharded model. Sharded models use `parallel.shards.fill`."""
+    """Fill every parameter and buffer of an unsharded model. Sharded models use `parallel.shards.fill`."""
     for name, module, attribute, spec in named_specs(model):
         parameter = getattr(module, attribute)
         parameter.copy_(initial_value(spec, name, seed))
+    reset_buffers(model)
 
 
 class Linear(nn.Module):
@@ -133,6 +138,7 @@ class Linear(nn.Module):
         bias_init: Init | None = None,
     ) -> None:
         super().__init__()
+        self.weight: nn.Parameter
         declare(self, "weight", (d_out, d_in), init or Normal(0.02), (axis, in_axis))
         self.bias: nn.Parameter | None = None
         if bias:
@@ -149,6 +155,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float, init: float = 1.0) -> None:
         super().__init__()
         self.eps = eps
+        self.weight: nn.Parameter
         declare(self, "weight", (dim,), Constant(init))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,48 @@
+"""SwiGLU experts: many whose rows are grouped, and one that every token takes.
+
+Shape suffixes: M rows, N tokens, E experts (those held here), D model width, F expert width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.kernels.grouped_mm import grouped_mm
+from models.params import Axis, Linear, Normal, declare
+
+
+class Experts(nn.Module):
+    """`down_e (silu(gate_e x) * up_e x)` for each row's expert e. Weights act as x @ w."""
+
+    def __init__(self, num_experts: int, d_model: int, hidden: int, output_init: Normal) -> None:
+        super().__init__()
+        experts, ffn = Axis("experts", num_experts), Axis("expert_ffn", hidden)
+        self.gate: nn.Parameter
+        self.up: nn.Parameter
+        self.down: nn.Parameter
+        declare(self, "gate", (num_experts, d_model, hidden), Normal(0.02), (experts, None, ffn))
+        declare(self, "up", (num_experts, d_model, hidden), Normal(0.02), (experts, None, ffn))
+        declare(self, "down", (num_experts, hidden, d_model), output_init, (experts, ffn, None))
+
+    @property
+    def num_local(self) -> int:
+        """Experts held here: all of them, or this rank's share."""
+        return self.gate.shape[0]
+
+    def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
+        """x_MD: rows sorted by local expert. counts_E: rows of each local expert. Returns [M, D]."""
+        h_MF = F.silu(grouped_mm(x_MD, self.gate, counts_E)) * grouped_mm(x_MD, self.up, counts_E)
+        return grouped_mm(h_MF, self.down, counts_E)
+
+
+class SharedExpert(nn.Module):
+    """One SwiGLU that every token takes (DeepSeekMoE, arXiv 2401.06066). No axis: it is whole on each rank, because an
+    FFN that routes works on the rank's own tokens."""
+
+    def __init__(self, d_model: int, hidden: int, output_init: Normal) -> None:
+        super().__init__()
+        self.gate = Linear(d_model, hidden)
+        self.up = Linear(d_model, hidden)
+        self.down = Linear(hidden, d_model, init=output_init)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_ND)) * self.up(x_ND))

@@ -1,0 +1,180 @@
+"""MoE++: experts that cost nothing beside FFN experts, and routers that see the previous router's logits.
+
+Shape suffixes: B batch, T sequence, N = B*T tokens, D model width, E all experts, F FFN experts, C constant experts,
+K picks, P picks of FFN experts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.ffn.balance import StatsGroup
+from models.ffn.experts import Experts
+from models.ffn.routed import RoutedFFN, sum_picks, take_picks
+from models.ffn.routers import LinearRouter, Routing, normalized
+from models.params import Normal, declare, upcast
+from models.slots import FFN, FFNConfig, LayerContext
+from models.state import Entry, Result, Side, State
+
+LOGITS = "router_logits"  # [B, T, E]: the last router's logits, its own residual included
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEPlusPlusConfig(FFNConfig, kind="moe_plus_plus"):
+    """Jin et al., arXiv 2410.07348. Experts in this order: FFN, constant, copy, zero; dropless.
+
+    num_experts: FFN experts. hidden: their width. tau: weight of an expert without computation in the balance loss,
+    relative to an FFN expert; smaller sends it more tokens. aux_coef: of that loss. stats_group: the tokens over which
+    it counts loads.
+    """
+
+    num_experts: int
+    hidden: int
+    num_constant: int = 2
+    num_copy: int = 1
+    num_zero: int = 1
+    top_k: int = 2
+    tau: float = 0.75
+    aux_coef: float = 0.01
+    stats_group: StatsGroup = "sequence"
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_constant", "num_copy", "num_zero", "aux_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not 1 <= self.top_k <= self.num_total:
+            raise ValueError(
+                f"top_k is {self.top_k}; it must lie between 1 and the {self.num_total} experts of all types"
+            )
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"tau is {self.tau}; it must lie in (0, 1], where 1 balances all experts alike")
+
+    @property
+    def num_total(self) -> int:
+        return self.num_experts + self.num_constant + self.num_copy + self.num_zero
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.num_experts, self.num_constant, self.num_copy, self.num_zero
+
+    def build(self, ctx: LayerContext) -> FFN:
+        router = LinearRouter(ctx.d_model, self.num_total)
+        return MoEPlusPlus(self, ctx, router, MaskedTopK(self.top_k, self.num_total - self.num_zero))
+
+    def linked(self, other: FFNConfig | None) -> bool:
+        """Whether this layer's router and that of `other`, the nearest MoE++ layer on one side, see each other."""
+        return isinstance(other, MoEPlusPlusConfig) and other.num_total == self.num_total
+
+
+def nearest(layers: tuple[FFNConfig, ...]) -> MoEPlusPlusConfig | None:
+    """The first MoE++ layer."""
+    return next((ffn for ffn in layers if isinstance(ffn, MoEPlusPlusConfig)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedTopK:
+    """p = softmax(logits), its top_k, the weight of zero experts (index >= first_zero) set to 0, the rest divided by
+    their sum: a zero expert hands its share to the other picks. A token that only picks zero experts gets 0."""
+
+    top_k: int
+    first_zero: int
+
+    def __call__(self, logits_BTE: Tensor) -> Routing:
+        probs_BTE = logits_BTE.softmax(-1)
+        index_BTK = probs_BTE.detach().topk(self.top_k, dim=-1).indices
+        weights_BTK = probs_BTE.gather(-1, index_BTK).masked_fill(index_BTK >= self.first_zero, 0)
+        return Routing(logits_BTE, probs_BTE, index_BTK, normalized(weights_BTK))
+
+
+class ConstantExperts(nn.Module):
+    """`a1 x + a2 v` with [a1, a2] = softmax(W x), per expert."""
+
+    def __init__(self, count: int, d_model: int) -> None:
+        super().__init__()
+        self.weight: nn.Parameter
+        self.value: nn.Parameter
+        declare(self, "weight", (count, 2, d_model), Normal(0.02))
+        declare(self, "value", (count, d_model), Normal(1.0), decay=False)
+
+    def forward(self, x_ND: Tensor, gates_NC: Tensor) -> Tensor:
+        """`sum_c gate_c expert_c(x)`, [N, D]."""
+        mix_NC2 = F.linear(x_ND, upcast(self.weight).flatten(0, 1)).unflatten(-1, (-1, 2)).softmax(-1)
+        keep_NC, take_NC = (mix_NC2 * gates_NC[..., None]).unbind(-1)
+        return keep_NC.sum(-1, keepdim=True) * x_ND + take_NC @ upcast(self.value)
+
+
+class MoEPlusPlus(RoutedFFN):
+    """`y = sum_k w_k expert_k(x)`. Only picks of FFN experts are dispatched; the others are computed in place for all
+    tokens, at the cost of a few vectors."""
+
+    def __init__(
+        self, config: MoEPlusPlusConfig, ctx: LayerContext, router: nn.Module, select: Callable[[Tensor], Routing]
+    ) -> None:
+        super().__init__(config.stats_group)
+        self.config, self.select = config, select
+        self.has_losses = config.aux_coef > 0
+        ffns = tuple(layer.ffn for layer in ctx.layers)
+        self.router = router
+        self.router_residual: LinearRouter | None = None
+        if config.linked(nearest(ffns[: ctx.index][::-1])):
+            self.router_residual = LinearRouter(config.num_total, config.num_total)
+            self.reads = (LOGITS,)
+        if config.linked(nearest(ffns[ctx.index + 1 :])):
+            self.writes = (Entry(LOGITS, (config.num_total,), dtype=torch.float32),)
+        self.experts = Experts(config.num_experts, ctx.d_model, config.hidden, ctx.output_init)
+        self.constants = ConstantExperts(config.num_constant, ctx.d_model) if config.num_constant else None
+
+    def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
+        config = self.config
+        logits_BTE = self.router(x_BTD)
+        if self.router_residual is not None:
+            logits_BTE = logits_BTE + self.router_residual(inputs[LOGITS])
+        routing = self.select(logits_BTE)
+        u_ND = self.expert_input(x_BTD.flatten(0, 1))
+        index_NK, weights_NK = routing.index_BTK.flatten(0, 1), routing.weights_BTK.flatten(0, 1)
+        out_ND = self.run_ffn(u_ND, index_NK, weights_NK) + self.run_free(upcast(u_ND), index_NK, weights_NK)
+        terms_E, load_E = self.balance(routing, side.valid_BT)
+        ffn, free = terms_E.tensor_split([config.num_experts])
+        losses = {"load_balance": config.aux_coef * (ffn.sum() + config.tau * free.sum())} if config.aux_coef else {}
+        writes = {LOGITS: logits_BTE} if self.writes else {}
+        return Result(out_ND.to(x_BTD.dtype).view_as(x_BTD), writes, losses, {"expert_load": load_E})
+
+    def expert_input(self, x_ND: Tensor) -> Tensor:
+        return x_ND
+
+    def run_ffn(self, u_ND: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """The FFN experts' share, [N, D]. How many picks they have is read on the host: it sets the shape."""
+        index_M = index_NK.flatten()
+        pick_P = (index_M < self.config.num_experts).nonzero().squeeze(-1)
+        rows_PD = take_picks(u_ND, index_NK.shape[1], pick_P)
+        y_PD = self.dispatch(rows_PD, index_M.index_select(0, pick_P), self.experts)
+        return sum_picks(y_PD, weights_NK, pick_P)
+
+    def run_free(self, u_ND: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """The share of the constant and copy experts, [N, D]; zero experts add nothing."""
+        gates_NE = weights_NK.new_zeros(u_ND.shape[0], self.config.num_total).scatter(1, index_NK, weights_NK)
+        _, constant_NC, copy_NE, _ = gates_NE.split(self.config.sizes, dim=1)
+        out_ND = copy_NE.sum(1, keepdim=True) * u_ND
+        return out_ND if self.constants is None else out_ND + self.constants(u_ND, constant_NC)
+
+
+def capacity(config: MoEPlusPlusConfig, tokens: int, gamma: float) -> tuple[float, float]:
+    """The paper's capacity of (an FFN expert, any other expert): gamma tau T / (tau N_F + N_Z), the same without tau.
+
+    Not rounded. The layer above is dropless; this is for comparison with training under a capacity.
+    """
+    share = config.tau * config.num_experts + config.num_total - config.num_experts
+    return gamma * config.tau * tokens / share, gamma * tokens / share
+
+
+def kept_picks(index_TK: Tensor, capacities_E: Tensor) -> Tensor:
+    """Which picks stay when each expert takes its first floor(capacity) ones in token order: bool [T, E]."""
+    picked_TE = torch.zeros(index_TK.shape[0], capacities_E.shape[0], dtype=torch.int64, device=index_TK.device)
+    picked_TE = picked_TE.scatter(1, index_TK, 1)
+    return (picked_TE > 0) & (picked_TE.cumsum(0) <= capacities_E.floor())

@@ -1,0 +1,81 @@
+"""MoE++ as its authors released it (SkyworkAI/MoE-plus-plus), where that differs from the paper.
+
+Shape suffixes: B batch, T sequence, N tokens, D model width, E all experts, H router width, K picks.
+"""
+
+import dataclasses
+from typing import Literal
+
+from torch import Tensor, nn
+
+from models.ffn.moe_plus_plus import MaskedTopK, MoEPlusPlus, MoEPlusPlusConfig
+from models.ffn.routers import LinearRouter, Routing
+from models.slots import FFN, LayerContext
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEPlusPlusReleasedConfig(MoEPlusPlusConfig, kind="moe_plus_plus_released"):
+    """Adds to the paper's form what released weights need.
+
+    router: two_layer is `W2 tanh(W1 x)` with 8 E hidden units. gating: masked is the paper's; selected is a softmax
+    over the picked logits, in which zero experts keep their weight. input_scale: factor on what the experts (not the
+    router) see; the release uses 2, and 1 with selected gating or moe_feature_no_mul_topk. logits_std: the logits that
+    the gating sees are scaled to this standard deviation over experts; null for as they are.
+    """
+
+    router: Literal["two_layer", "linear"] = "two_layer"
+    gating: Literal["masked", "selected"] = "masked"
+    input_scale: float = 2.0
+    logits_std: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.logits_std is not None and self.logits_std <= 0:
+            raise ValueError(
+                f"logits_std is {self.logits_std}; it must be positive, or null to leave the logits as they are"
+            )
+
+    def build(self, ctx: LayerContext) -> FFN:
+        router = {"two_layer": TwoLayerRouter, "linear": LinearRouter}[self.router](ctx.d_model, self.num_total)
+        first_zero = self.num_total - self.num_zero
+        gating = {"masked": MaskedTopK, "selected": SelectedTopK}[self.gating](self.top_k, first_zero)
+        select = gating if self.logits_std is None else ScaledLogits(gating, self.logits_std)
+        return MoEPlusPlusReleased(self, ctx, router, select)
+
+
+class TwoLayerRouter(nn.Module):
+    """`logits = W2 tanh(W1 x)`."""
+
+    def __init__(self, d_model: int, num_experts: int) -> None:
+        super().__init__()
+        self.inner = LinearRouter(d_model, 8 * num_experts)
+        self.outer = LinearRouter(8 * num_experts, num_experts)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.outer(self.inner(x_ND).tanh())
+
+
+class SelectedTopK(MaskedTopK):
+    """Mixtral's gating: weights are a softmax over the picked logits."""
+
+    def __call__(self, logits_BTE: Tensor) -> Routing:
+        index_BTK = logits_BTE.detach().topk(self.top_k, dim=-1).indices
+        return Routing(logits_BTE, logits_BTE.softmax(-1), index_BTK, logits_BTE.gather(-1, index_BTK).softmax(-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledLogits:
+    """`gating` on logits divided by their standard deviation over experts (unbiased), times `std`."""
+
+    gating: MaskedTopK
+    std: float
+
+    def __call__(self, logits_BTE: Tensor) -> Routing:
+        return self.gating(logits_BTE * (self.std / logits_BTE.std(-1, keepdim=True)))
+
+
+class MoEPlusPlusReleased(MoEPlusPlus):
+    config: MoEPlusPlusReleasedConfig
+
+    def expert_input(self, x_ND: Tensor) -> Tensor:
+        return x_ND * self.config.input_scale
