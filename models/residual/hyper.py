@@ -47,7 +47,7 @@ class StaticHyperConnections(ResidualConfig, kind="hyper_static"):
 
 @dataclasses.dataclass(frozen=True)
 class HyperConnections(StaticHyperConnections, kind="hyper"):
-    """DHC: a part of the matrices is computed from the streams, per token (Zhu et al., arXiv 2409.19606, eq. 10-13).
+    """DHC: a part of the matrices is computed from the streams, per token (Zhu et al., arXiv 2409.19606, section 2).
 
     norm, norm_eps: of the streams that the matrices are computed from; layer is the paper's, rms that of the
     hyper-connections package. activation: of the computed part.
@@ -81,6 +81,8 @@ class StaticHyper(Connection):
     S <- A[:, 1:]^T S + b F(u)^T."""
 
     reads = ("streams",)
+    static_alpha: nn.Parameter
+    static_beta: nn.Parameter
 
     def __init__(self, d_model: int, streams: int, index: int) -> None:
         super().__init__()
@@ -112,6 +114,11 @@ class StaticHyper(Connection):
 
 class DynamicHyper(StaticHyper):
     """A = act(norm(S) W_A) s_A + A_static, b = act(norm(S) W_b) s_b + b_static: row j sees stream j alone."""
+
+    dynamic_alpha: nn.Parameter
+    dynamic_beta: nn.Parameter
+    alpha_scale: nn.Parameter
+    beta_scale: nn.Parameter
 
     def __init__(self, config: HyperConnections, d_model: int, index: int) -> None:
         super().__init__(d_model, config.streams, index)

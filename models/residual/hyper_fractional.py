@@ -41,7 +41,9 @@ class FractionalHyperConnections(ResidualConfig, kind="hyper_fractional"):
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         if ctx.d_model % self.fractions:
-            raise ValueError(f"d_model {ctx.d_model} is not a multiple of fractions {self.fractions}; change one of them")
+            raise ValueError(
+                f"d_model {ctx.d_model} is not a multiple of fractions {self.fractions}; change one of them"
+            )
         return FractionalHyper(self, ctx.d_model, sublayer_index(ctx, branch))
 
     def open(self, d_model: int) -> Opener:
@@ -80,6 +82,12 @@ class FractionalHyper(Connection):
     u[q] = sum_pj A[p, j, q, 0] X[p, j], and X[q, i] <- sum_pj A[p, j, q, 1 + i] X[p, j] + sum_p b[p, i, q] F(u)[p]."""
 
     reads = ("streams",)
+    static_alpha: nn.Parameter
+    static_beta: nn.Parameter
+    dynamic_alpha: nn.Parameter
+    dynamic_beta: nn.Parameter
+    alpha_scale: nn.Parameter
+    beta_scale: nn.Parameter
 
     def __init__(self, config: FractionalHyperConnections, d_model: int, index: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from models.state import Entry, State, Views
 
 @dataclasses.dataclass(frozen=True)
 class LadderResidual(ResidualConfig, kind="ladder"):
-    """x_{k+1} = x_k + F_{k+1}(x_{k-1}) over sublayers, x_{-1} = x_0 (Zhang et al., arXiv 2501.06589, section 3), so
+    """x_{k+1} = x_k + F_{k+1}(x_{k-1}) over sublayers, x_{-1} = x_0 (Zhang et al., arXiv 2501.06589), so
     that the reduction of a branch's output can run while the next branch computes.
 
     layers: those that do so (null: all); the sublayers of the others read the whole stream.
@@ -28,7 +28,9 @@ class LadderResidual(ResidualConfig, kind="ladder"):
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         if self.layers is not None and max(self.layers, default=0) >= ctx.num_layers:
-            raise ValueError(f"layers names layer {max(self.layers)} and the last one is {ctx.num_layers - 1}; remove it")
+            raise ValueError(
+                f"layers names layer {max(self.layers)} and the last one is {ctx.num_layers - 1}; remove it"
+            )
         ladder = [self.layers is None or index in self.layers for index in range(ctx.num_layers)]
         has_pending = ladder[ctx.index] and (ctx.index > 0 or branch == "ffn")
         following = ladder[ctx.index :][:1] if branch == "mixer" else ladder[ctx.index + 1 :][:1]

@@ -77,6 +77,8 @@ class Newest:
 class DepthAggregate(nn.Module):
     """w = GELU(norm(X_newest) W1) W2 + a, and out_c = sum_j w[c, j] X_j; the norm is an RMSNorm without weight."""
 
+    static: nn.Parameter
+
     def __init__(self, d_model: int, ways: int, sources: int, hidden: int, eps: float) -> None:
         super().__init__()
         self.ways, self.eps = ways, eps

@@ -86,7 +86,7 @@ class TwoStreamOpener(Opener):
 
 
 class TwoStreamCloser(Closer):
-    """The mean: what one plain stream of both would have, at half the size."""
+    """The mean of the streams."""
 
     reads = ("x1", "x2")
 

@@ -16,6 +16,9 @@ Kind = Literal["layer", "rms"]
 class LayerNorm(nn.Module):
     """`weight * (x - mean) / sqrt(var + eps) + bias` over the last dimension (Ba et al., arXiv 1607.06450)."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -28,6 +31,8 @@ class LayerNorm(nn.Module):
 
 class OffsetRMSNorm(nn.Module):
     """`(1 + gamma) * x / sqrt(mean(x^2) + eps)` over the last dimension, gamma starting at 0."""
+
+    gamma: nn.Parameter
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

@@ -20,6 +20,8 @@ class ReZero(ScalingConfig, kind="rezero"):
 
 
 class Alpha(nn.Module):
+    alpha: nn.Parameter
+
     def __init__(self) -> None:
         super().__init__()
         declare(self, "alpha", (1,), Constant(0.0))
