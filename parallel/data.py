@@ -4,6 +4,8 @@ Experts are sharded over their own data ranks. Under schedules that split the ba
 experts stay whole: per-layer units give wrong gradients there without an error (measured, torch 2.13).
 """
 
+import warnings
+
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -23,6 +25,8 @@ def parallelize(root: nn.Module, model: LM, mesh: Mesh) -> None:
     """Shard `model`'s parameters; `root` is what is called: the model, or the stage around it."""
     if mesh.config.shard == 1:
         return
+    # State tensors are never modified in place, which is what this warning is about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     one_unit = mesh.config.splits_backward
     whole: set[nn.Parameter] = set()
     for module in [m for m in model.modules() if is_expert(m)]:

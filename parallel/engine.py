@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from models.buffers import reset_buffers
 from models.config import LMConfig
 from models.lm import LM
 from models.loss import IGNORE
@@ -85,9 +86,7 @@ class Engine:
             data.parallelize(self.stages[index] if self.stages else model, model, mesh)
             model.to_empty(device=mesh.device)
             fill(model, mesh, seed)
-            for name, buffer in model.named_buffers():
-                assert name.endswith("balance_bias"), f"buffer {name} has no declared initial value"
-                buffer.zero_()
+            reset_buffers(model)
         self.shared = self._shared()
         self._schedules: dict[tuple[int, ...], object] = {}
 

@@ -113,12 +113,24 @@ class Stage(nn.Module):
         )
 
     def forward(self, *tensors: Tensor, **side: Tensor) -> Tensor | tuple[Tensor, ...]:
-        out = self.run(tensors, side)
+        out = self.run(tuple(_Received.apply(x) for x in tensors), side)
         self.record.add(out)
         if out.state is None:
             assert out.loss is not None
             return owned((out.loss * self.scale).reshape(1))
         return tuple(owned(out.state[entry.name]) for entry in self.entries_out)
+
+
+class _Received(torch.autograd.Function):
+    """The identity; its gradient is contiguous, which sending it back demands."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.contiguous()
 
 
 def owned(x: Tensor) -> Tensor:

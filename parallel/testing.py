@@ -5,6 +5,7 @@ return value comes back. A failure or a missed deadline ends the whole pool, whi
 rank is ever left waiting. Workers end with their parent.
 """
 
+import logging
 import multiprocessing as mp
 import os
 import threading
@@ -34,6 +35,8 @@ def work(connection: Connection) -> None:
     """The loop of one worker: receive a task, join its process group, run it, answer."""
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+    # A failing schedule prints itself whole, once per rank; the traceback says enough.
+    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     while True:
         try:
