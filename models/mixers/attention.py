@@ -1,9 +1,10 @@
 """Softmax attention: grouped queries, rotary positions, optional QK-norm, sliding window and output gate.
 
-Shape suffixes: B batch, T queries, S keys, D model width, H query heads, J key/value heads, K key and V value head width.
+Shape suffixes: B batch, T queries, S keys, D model width, H query heads, J key/value heads, K key and V value width.
 """
 
 import dataclasses
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -36,10 +37,13 @@ class AttentionConfig(MixerConfig, kind="attention"):
     output_gate: bool = False
 
     key_gate = True
+    example = MappingProxyType({"num_heads": 4, "num_kv_heads": 2})
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.num_heads % (self.num_kv_heads or self.num_heads):
-            raise ValueError(f"num_heads {self.num_heads} is not a positive multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a positive multiple of num_kv_heads {self.num_kv_heads}; change one"
+            )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window is {self.window}; it must be at least 1, or null for no window")
         if not 0 < self.rope_fraction <= 1:
@@ -52,7 +56,10 @@ class AttentionConfig(MixerConfig, kind="attention"):
                 f"d_model {ctx.d_model} is not a multiple of num_heads {self.num_heads}; give head_dim, or change one"
             )
         if self.rope != "none" and int(head_dim * self.rope_fraction) % 2:
-            raise ValueError(f"rope turns {int(head_dim * self.rope_fraction)} channels of a head; it needs an even number")
+            raise ValueError(
+                f"rope would turn {int(head_dim * self.rope_fraction)} of a head's {head_dim} channels, an odd number, "
+                "and it turns pairs; change head_dim or rope_fraction, or use rope none"
+            )
         return Attention(self, ctx, head_dim)
 
     def value_shape(self, d_model: int) -> tuple[int, int]:
@@ -96,7 +103,8 @@ class Attention(Mixer):
         if config.rope != "none":
             rotate = rotate_half if config.rope == "half" else rotate_interleaved
             rotated = int(self.head_dim * config.rope_fraction)
-            cos, sin = angles(side.positions_BT, rotated, config.rope_theta, torch.promote_types(q_BTHK.dtype, torch.float32))
+            dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+            cos, sin = angles(side.positions_BT, rotated, config.rope_theta, dtype)
             q_BTHK, k_BSJK = rotate(q_BTHK, cos, sin), rotate(k_BSJK, cos, sin)
         gate_BS = heads.get(KEY_GATE)
         if cache is None and side.documents is None and config.window is None and gate_BS is None:

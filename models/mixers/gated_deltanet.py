@@ -1,0 +1,179 @@
+"""Gated DeltaNet: a linear-time mixer whose state is written by the gated delta rule.
+
+Shape suffixes: B batch, T sequence, S = T and the W - 1 tokens before it, D model width, H key heads, J value heads,
+K key width, V value width, W kernel width.
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.conv import FanInUniform, prepend, short_conv, tail
+from models.kernels.delta_rule.reference import CHUNK, chunked, recurrent
+from models.params import Axis, Linear, RMSNorm, declare, upcast
+from models.slots import Cache, LayerContext, Mixer, MixerConfig
+from models.state import KEY_GATE, Side, Views
+
+L2_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaNetConfig(MixerConfig, kind="gated_deltanet"):
+    """Gated delta rule with short convolutions and L2-normalised keys (Yang et al., arXiv 2412.06464).
+
+    num_heads: of queries and keys. num_value_heads: a multiple of it; default the same. head_dim: width of a query or
+    key; expand_v: of a value, as a multiple of it. conv_size: tokens that a convolution sees. output_gate: the output
+    is multiplied by SiLU of a projection of the input. allow_neg_eigval: write strength up to 2, so that a write can
+    flip a direction of the state (arXiv 2411.12537).
+
+    A gated key scales its token's write strength: a skipped token writes and erases nothing. (Keys have unit length, so
+    a factor on the key itself would have no meaning of its own.)
+    """
+
+    num_heads: int
+    head_dim: int
+    num_value_heads: int | None = None
+    expand_v: float = 2.0
+    conv_size: int = 4
+    conv_bias: bool = False
+    output_gate: bool = True
+    allow_neg_eigval: bool = False
+
+    key_gate = True
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or (self.num_value_heads or self.num_heads) % self.num_heads:
+            raise ValueError(
+                f"num_value_heads {self.num_value_heads} is not a multiple of num_heads {self.num_heads}; "
+                "every key head serves the same number of value heads, so change one of them"
+            )
+        if self.head_dim < 1 or not (self.head_dim * self.expand_v).is_integer() or self.expand_v <= 0:
+            raise ValueError(
+                f"head_dim {self.head_dim} x expand_v {self.expand_v} is {self.head_dim * self.expand_v}; "
+                "a value head needs a whole, positive width, so change one of them"
+            )
+        if self.conv_size < 2:
+            raise ValueError(f"conv_size is {self.conv_size}; it must be at least 2 tokens, and 4 is usual")
+
+    def build(self, ctx: LayerContext) -> Mixer:
+        return GatedDeltaNet(self, ctx)
+
+    def value_shape(self, d_model: int) -> tuple[int, int]:
+        return self.num_value_heads or self.num_heads, int(self.head_dim * self.expand_v)
+
+    def flops_per_token(self, d_model: int, sequence: int) -> float:
+        """Of the chunk form: two C x C products per key head; solving, reading and writing per value head."""
+        key, (value_heads, value) = self.head_dim, self.value_shape(d_model)
+        chunk = min(CHUNK, sequence)
+        conv = 2 * self.conv_size * (2 * self.num_heads * key + value_heads * value)
+        per_value_head = 2 * chunk * key + 4 * chunk * value + 6 * key * value
+        return conv + 4 * chunk * key * self.num_heads + per_value_head * value_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class LogDecayRate:
+    """log A with A uniform in (0, 16], as in the authors' code."""
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return (16 * (1 - torch.rand(shape, generator=generator))).log()
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeStepBias:
+    """The b for which softplus(b) is log-uniform in [0.001, 0.1] (Mamba, arXiv 2312.00752)."""
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        low, high = math.log(1e-3), math.log(1e-1)
+        step = (low + (high - low) * torch.rand(shape, generator=generator)).exp()
+        return step + (-torch.expm1(-step)).log()
+
+
+class GatedDeltaNet(Mixer):
+    """Value-sized projections split over "heads", key-sized ones over "kv_heads": key heads may be fewer than ranks."""
+
+    def __init__(self, config: GatedDeltaNetConfig, ctx: LayerContext) -> None:
+        super().__init__()
+        self.config = config
+        self.value_shape = config.value_shape(ctx.d_model)
+        heads, key, (value_heads, value) = config.num_heads, config.head_dim, self.value_shape
+        key_axis, axis = Axis("kv_heads", heads), Axis("heads", value_heads)
+        self.q = Linear(ctx.d_model, heads * key, axis=key_axis)
+        self.k = Linear(ctx.d_model, heads * key, axis=key_axis)
+        self.v = Linear(ctx.d_model, value_heads * value, axis=axis)
+        self.beta = Linear(ctx.d_model, value_heads, axis=axis)
+        self.decay = Linear(ctx.d_model, value_heads, axis=axis)
+        self.gate = Linear(ctx.d_model, value_heads * value, axis=axis) if config.output_gate else None
+        self.o = Linear(value_heads * value, ctx.d_model, in_axis=axis, init=ctx.output_init)
+        self.norm = RMSNorm(value, ctx.norm_eps)
+        declare(self, "A_log", (value_heads,), LogDecayRate(), (axis,), decay=False)
+        declare(self, "dt_bias", (value_heads,), TimeStepBias(), (axis,), decay=False)
+        for name, width, along in (("q", key, key_axis), ("k", key, key_axis), ("v", value, axis)):
+            init = FanInUniform(config.conv_size)
+            declare(self, f"conv_{name}", (along.groups, width, config.conv_size), init, (along, None, None))
+            if config.conv_bias:
+                declare(self, f"conv_{name}_bias", (along.groups, width), init, (along, None), decay=False)
+
+    def project(self, views: Views, side: Side) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        key, value = self.config.head_dim, self.value_shape[1]
+        beta_BTJ = upcast(self.beta(views.k_BTD)).sigmoid()
+        step_BTJ = F.softplus(upcast(self.decay(views.k_BTD)) + upcast(self.dt_bias))
+        heads = {
+            "q": self.q(views.q_BTD).unflatten(-1, (-1, key)),
+            "k": self.k(views.k_BTD).unflatten(-1, (-1, key)),
+            "v": self.v(views.v_BTD).unflatten(-1, (-1, value)),
+            "beta": 2 * beta_BTJ if self.config.allow_neg_eigval else beta_BTJ,
+            "g": -upcast(self.A_log).exp() * step_BTJ,
+        }
+        return heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)}
+
+    def core_weights(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.param_specs if name.startswith("conv_")}
+
+    def core(
+        self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
+        width, documents_BT, past = self.config.conv_size, side.documents_BT, cache or {}
+        documents_BS = real_B = None
+        if documents_BT is None and cache is not None:
+            documents_BT = torch.zeros_like(side.positions_BT)
+        if documents_BT is not None:
+            documents_BS = prepend(documents_BT, past.get("documents"), width, fill=-1)
+            real_B = (documents_BT >= 0).sum(1)
+        mixed, new = {}, {}
+        for name in ("q", "k", "v"):
+            x_BSHK = prepend(heads[name], past.get(f"conv_{name}"), width)
+            conv = short_conv(x_BSHK, weights[f"conv_{name}"], weights.get(f"conv_{name}_bias"), documents_BS)
+            mixed[name] = F.silu(conv)
+            if cache is not None and real_B is not None:
+                new[f"conv_{name}"] = tail(x_BSHK, real_B, width)
+        beta_BTJ = heads["beta"]
+        if KEY_GATE in heads:
+            beta_BTJ = beta_BTJ * heads[KEY_GATE][..., None].to(beta_BTJ.dtype)
+        state_BJKV = past.get("state")
+        if state_BJKV is not None and documents_BS is not None and documents_BT is not None:
+            goes_on_B = (documents_BT[:, 0] == documents_BS[:, width - 2]) | (documents_BT[:, 0] < 0)
+            state_BJKV = state_BJKV * goes_on_B[:, None, None, None]
+        q, k = unit(mixed["q"]), unit(mixed["k"])
+        rule = recurrent if q.shape[1] == 1 else chunked
+        scale = q.shape[-1] ** -0.5
+        out_BTJV, state_BJKV = rule(
+            q, k, mixed["v"], beta_BTJ, heads["g"], scale=scale, documents_BT=documents_BT, state_BJKV=state_BJKV
+        )
+        if cache is None or documents_BS is None or real_B is None:
+            return out_BTJV, None
+        return out_BTJV, {**new, "state": state_BJKV, "documents": tail(documents_BS, real_B, width)}
+
+    def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        out = self.norm(out_BTHV).flatten(-2)
+        if "gate" in kept:
+            out = out * F.silu(kept["gate"])
+        return self.o(out)
+
+
+def unit(x_BTHK: Tensor) -> Tensor:
+    """x / sqrt(sum x^2 + eps) over the last dimension, at least in float32: the rule needs keys of length 1."""
+    x = upcast(x_BTHK)
+    return x * (x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt()

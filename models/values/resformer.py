@@ -1,0 +1,73 @@
+"""Value residual: every layer adds the first layer's values to its own (ResFormer, arXiv 2410.17897).
+
+    V'_0 = V_0,    V'_l = lambda1 V_0 + lambda2 V_l    for l >= 1
+
+V_0 is the raw first value, not a mixed one, and is not detached: every layer's gradient reaches the first projection.
+Shape suffixes: B batch, T sequence, H value heads, V value width.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from torch import Tensor
+
+from models.params import Constant, declare
+from models.slots import LayerContext, Values, ValuesConfig
+from models.state import Entry, Layout, State
+
+FIRST = "first_value"
+
+
+@dataclasses.dataclass(frozen=True)
+class ResFormerValues(ValuesConfig, kind="resformer"):
+    """Constant weights, equal in all layers; the paper's "identity" variant is 0.5 and 0.5."""
+
+    lambda1: float = 0.5
+    lambda2: float = 0.5
+
+    crosses_layers: ClassVar[bool] = True
+
+    def build(self, ctx: LayerContext, value_shape: tuple[int, int]) -> Values:
+        return FirstValue(value_shape) if ctx.index == 0 else ConstantMix(self.lambda1, self.lambda2)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnableResFormerValues(ResFormerValues, kind="resformer_learnable"):
+    """Two learned scalars per layer, which start at lambda1 and lambda2."""
+
+    def build(self, ctx: LayerContext, value_shape: tuple[int, int]) -> Values:
+        return FirstValue(value_shape) if ctx.index == 0 else LearnedMix(self.lambda1, self.lambda2)
+
+
+class FirstValue(Values):
+    """The first layer: passes its values on and uses them as they are."""
+
+    def __init__(self, value_shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.writes = (Entry(FIRST, value_shape, Layout.HEADS, heads=value_shape[0]),)
+
+    def forward(self, v_BTHV: Tensor, inputs: State) -> tuple[Tensor, State]:
+        return v_BTHV, {FIRST: v_BTHV}
+
+
+class ConstantMix(Values):
+    reads = (FIRST,)
+
+    def __init__(self, lambda1: float, lambda2: float) -> None:
+        super().__init__()
+        self.lambda1, self.lambda2 = lambda1, lambda2
+
+    def forward(self, v_BTHV: Tensor, inputs: State) -> tuple[Tensor, State]:
+        return self.lambda1 * inputs[FIRST] + self.lambda2 * v_BTHV, {}
+
+
+class LearnedMix(Values):
+    reads = (FIRST,)
+
+    def __init__(self, lambda1: float, lambda2: float) -> None:
+        super().__init__()
+        declare(self, "lambda1", (1,), Constant(lambda1))
+        declare(self, "lambda2", (1,), Constant(lambda2))
+
+    def forward(self, v_BTHV: Tensor, inputs: State) -> tuple[Tensor, State]:
+        return self.lambda1 * inputs[FIRST] + self.lambda2 * v_BTHV, {}

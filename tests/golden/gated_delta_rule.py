@@ -1,0 +1,11 @@
+"""Gated delta rule: the operator, in its chunked form."""
+
+from torch import Tensor
+
+from models.kernels.delta_rule.reference import chunked
+
+
+def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    operands = [inputs[name] for name in ("q", "k", "v", "beta", "g")]
+    o, final_state = chunked(*operands, scale=config["scale"], state_BJKV=inputs.get("initial_state"))
+    return {"o": o, "final_state": final_state}

@@ -1,0 +1,89 @@
+"""The Gated DeltaNet layer, with fla's separate projections and with Qwen3-Next's fused ones."""
+
+import torch
+from torch import Tensor
+
+from models.config import LayerConfig
+from models.ffn.swiglu import SwiGLUConfig
+from models.mixers.gated_deltanet import GatedDeltaNetConfig
+from models.slots import LayerContext
+from models.state import Side, Views
+
+FLA = {
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "beta": "b_proj",
+    "decay": "a_proj",
+    "gate": "g_proj",
+    "o": "o_proj",
+}
+
+
+def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    ours, mapped = qwen3next(params, config) if config["variant"] == "qwen3next" else fla(params, config)
+    layers = (LayerConfig(ours, SwiGLUConfig(1)),)
+    with torch.device("meta"):
+        mixer = ours.build(LayerContext(config["hidden_size"], 0, layers, config["norm_eps"]))
+    assert {name: x.shape for name, x in mixer.named_parameters()} == {name: x.shape for name, x in mapped.items()}
+    return {
+        "y": torch.func.functional_call(Layer(mixer), {f"mixer.{name}": x for name, x in mapped.items()}, inputs["x"])
+    }
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, mixer: torch.nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        ids = torch.zeros(x_BTD.shape[:2], dtype=torch.int64)
+        side = Side(ids, torch.arange(ids.shape[1]).expand_as(ids))
+        heads, kept = self.mixer.project(Views.same(x_BTD), side)
+        return self.mixer.merge(self.mixer.core(heads, self.mixer.core_weights(), side, None)[0], kept)
+
+
+def fla(params: dict[str, Tensor], config: dict) -> tuple[GatedDeltaNetConfig, dict[str, Tensor]]:
+    ours = GatedDeltaNetConfig(
+        num_heads=config["num_heads"],
+        head_dim=config["head_dim"],
+        num_value_heads=config.get("num_v_heads"),
+        expand_v=float(config.get("expand_v", 2)),
+        conv_size=config.get("conv_size", 4),
+        conv_bias=config.get("conv_bias", False),
+        output_gate=config.get("use_gate", True),
+        allow_neg_eigval=config.get("allow_neg_eigval", False),
+    )
+    mapped = {
+        f"{name}.weight": params[f"{theirs}.weight"] for name, theirs in FLA.items() if f"{theirs}.weight" in params
+    }
+    mapped |= {"A_log": params["A_log"], "dt_bias": params["dt_bias"], "norm.weight": params["o_norm.weight"]}
+    value_heads = ours.num_value_heads or ours.num_heads
+    for name, heads in (("q", ours.num_heads), ("k", ours.num_heads), ("v", value_heads)):
+        mapped[f"conv_{name}"] = params[f"{name}_conv1d.weight"].squeeze(1).unflatten(0, (heads, -1))
+        if ours.conv_bias:
+            mapped[f"conv_{name}_bias"] = params[f"{name}_conv1d.bias"].unflatten(0, (heads, -1))
+    return ours, mapped
+
+
+def qwen3next(params: dict[str, Tensor], config: dict) -> tuple[GatedDeltaNetConfig, dict[str, Tensor]]:
+    """Their fused rows come per key head: [q | k | r values | r gates] and [r betas | r decays]."""
+    heads, value_heads = config["num_k_heads"], config["num_v_heads"]
+    key, value = config["head_k_dim"], config["head_v_dim"]
+    ours = GatedDeltaNetConfig(
+        num_heads=heads,
+        head_dim=key,
+        num_value_heads=value_heads,
+        expand_v=value / key,
+        conv_size=config["conv_kernel"],
+    )
+    wide = value * value_heads // heads
+    qkvz = params["in_proj_qkvz.weight"].unflatten(0, (heads, -1)).split([key, key, wide, wide], 1)
+    ba = params["in_proj_ba.weight"].unflatten(0, (heads, -1)).chunk(2, 1)
+    convs = params["conv1d.weight"].squeeze(1).split([heads * key, heads * key, value_heads * value])
+    mapped = {f"{name}.weight": x.flatten(0, 1) for name, x in zip(("q", "k", "v", "gate"), qkvz, strict=True)}
+    mapped |= {f"{name}.weight": x.flatten(0, 1) for name, x in zip(("beta", "decay"), ba, strict=True)}
+    for name, count, x in zip(("q", "k", "v"), (heads, heads, value_heads), convs, strict=True):
+        mapped[f"conv_{name}"] = x.unflatten(0, (count, -1))
+    mapped |= {"A_log": params["A_log"], "dt_bias": params["dt_bias"]}
+    return ours, mapped | {"norm.weight": params["norm.weight"], "o.weight": params["out_proj.weight"]}
