@@ -179,10 +179,12 @@ class FFNConfig(Plugin, slot="ffn", folder="models.ffn"):
 class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
     """What is kept between sublayers.
 
-    takes_shortcut: there is one identity path, which the shortcut's module can act on.
+    takes_shortcut: there is one identity path, which the shortcut's module can act on. starts_plain: with its initial
+    parameters the model computes what it does with the plain residual, but for the scale of what the last norm reads.
     """
 
     takes_shortcut: ClassVar[bool] = True
+    starts_plain: ClassVar[bool] = False
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         raise NotImplementedError

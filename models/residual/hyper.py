@@ -26,6 +26,7 @@ class StaticHyperConnections(ResidualConfig, kind="hyper_static"):
     streams: int = 4
 
     takes_shortcut = False
+    starts_plain = True
 
     def __post_init__(self) -> None:
         if self.streams < 1:

@@ -33,6 +33,7 @@ class FractionalHyperConnections(ResidualConfig, kind="hyper_fractional"):
     activation: Literal["tanh", "identity"] = "tanh"
 
     takes_shortcut = False
+    starts_plain = True
 
     def __post_init__(self) -> None:
         for name in ("fractions", "streams"):

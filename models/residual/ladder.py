@@ -55,12 +55,11 @@ class Ladder(Connection):
         return Views.same(state["x"]), {}
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
-        state = dict(state)
-        x_BTD = state["x"] + state.pop("pending") if self.has_pending else state["x"]
-        x_BTD = self.shortcut(x_BTD)
+        x_BTD = self.shortcut(state["x"] + state["pending"] if self.has_pending else state["x"])
         if self.leaves_pending:
             return {**state, "x": x_BTD, "pending": out_BTD}
-        return {**state, "x": x_BTD + out_BTD}
+        others = {name: entry for name, entry in state.items() if name != "pending"}
+        return {**others, "x": x_BTD + out_BTD}
 
     def peek(self, state: State) -> Tensor:
         """The stream that this sublayer reads: adding what is pending would make a gate wait for it."""

@@ -32,6 +32,7 @@ class MUDDConnections(ResidualConfig, kind="mudd"):
     eps: float = 1e-6
 
     takes_shortcut = False
+    starts_plain = True
 
     def __post_init__(self) -> None:
         if self.hidden_round is not None and self.hidden_round < 1:

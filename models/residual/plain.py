@@ -13,6 +13,8 @@ from models.state import Entry, State, Views
 class PlainResidual(ResidualConfig, kind="plain"):
     """One stream that every branch reads and adds to (He et al., arXiv 1603.05027)."""
 
+    starts_plain = True
+
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         return Plain(ctx.d_model, shortcut)
 
