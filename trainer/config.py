@@ -1,0 +1,143 @@
+"""The config of a run: the model's and the mesh's schemas, and the trainer's own."""
+
+import dataclasses
+from typing import Literal
+
+from models.config import LMConfig
+from models.rules import check
+from parallel.mesh import MeshConfig
+
+
+def at_least(config: object, minimum: float, *names: str) -> None:
+    """Raise ValueError for the first of the named fields that is smaller."""
+    for name in names:
+        if not getattr(config, name) >= minimum:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {minimum}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputConfig:
+    """dir: the run's folder, for its checkpoints, logs and resolved config. seed: of the weights and of the data's order."""
+
+    dir: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("dir is empty; name a folder, such as runs/first")
+        at_least(self, 0, "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """train, valid: an indexed dataset as the path that its .bin and .idx share. tokenizer: the folder or SentencePiece
+    model that made them. sequence_length: tokens of a sequence."""
+
+    train: str
+    sequence_length: int
+    valid: str | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "sequence_length")
+        for name in ("train", "valid"):
+            path = getattr(self, name)
+            if path is not None and path.endswith((".bin", ".idx")):
+                raise ValueError(f"{name} is {path!r}; leave the ending out, {path[:-4]!r} names both files")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """steps: optimiser steps. global_batch: sequences of a step. micro_batch: sequences of one forward pass on a data rank.
+    log_every, eval_every, save_every: in steps, 0 is never; a run also saves its last step. eval_batches: global batches of
+    an evaluation. keep_checkpoints: older ones are deleted. dtype: of the computation; bfloat16 keeps float32 weights."""
+
+    steps: int
+    global_batch: int
+    micro_batch: int
+    log_every: int = 1
+    eval_every: int = 0
+    eval_batches: int = 8
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "global_batch", "micro_batch", "eval_batches", "keep_checkpoints")
+        at_least(self, 0, "log_every", "eval_every", "save_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101).
+
+    lr: the highest of the schedule. weight_decay: of the parameters that declare to decay. clip: the largest norm of the
+    whole gradient, null for no limit.
+    """
+
+    lr: float
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "lr", "weight_decay")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas is {list(self.betas)}; both must lie in [0, 1), such as [0.9, 0.95]")
+        for name in ("eps", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                hint = ", or null for no clipping" if name == "clip" else ""
+                raise ValueError(f"{name} is {value}; it must be more than 0{hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the steps: up to the optimiser's lr in warmup_steps, then down to min_ratio of it at the last
+    step along a half cosine or a line, or constant."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "warmup_steps")
+        if not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"min_ratio is {self.min_ratio}; it must lie in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on."""
+
+    model: LMConfig
+    run: OutputConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: AdamWConfig
+    schedule: ScheduleConfig = ScheduleConfig()  # noqa: RUF009 - frozen
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        check(self.model)
+        if self.schedule.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"schedule.warmup_steps is {self.schedule.warmup_steps}, more than train.steps {self.train.steps}; "
+                "use fewer warmup steps"
+            )
+        ranks = self.mesh.replicate * self.mesh.shard
+        across = ranks * self.train.micro_batch
+        if self.train.global_batch % across:
+            near = max(across, self.train.global_batch // across * across)
+            raise ValueError(
+                f"train.global_batch is {self.train.global_batch}, not a multiple of {ranks} data ranks x micro_batch "
+                f"{self.train.micro_batch} = {across}; use {near}, or another micro_batch"
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """How many forward passes of a data rank make a step."""
+        return self.train.global_batch // (self.mesh.replicate * self.mesh.shard * self.train.micro_batch)
