@@ -17,7 +17,10 @@ def at_least(config: object, minimum: float, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OutputConfig:
-    """dir: the run's folder, for its checkpoints, logs and resolved config. seed: of the weights and of the data's order."""
+    """Where a run writes, and where its randomness starts.
+
+    dir: the folder of its checkpoints, logs and resolved config. seed: of the weights and of the data's order.
+    """
 
     dir: str
     seed: int = 0
@@ -30,8 +33,11 @@ class OutputConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """train, valid: an indexed dataset as the path that its .bin and .idx share. tokenizer: the folder or SentencePiece
-    model that made them. sequence_length: tokens of a sequence."""
+    """What is learned from.
+
+    train, valid: an indexed dataset as the path that its .bin and .idx share. tokenizer: the folder or SentencePiece
+    model that made them. sequence_length: tokens of a sequence.
+    """
 
     train: str
     sequence_length: int
@@ -48,9 +54,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """steps: optimiser steps. global_batch: sequences of a step. micro_batch: sequences of one forward pass on a data rank.
-    log_every, eval_every, save_every: in steps, 0 is never; a run also saves its last step. eval_batches: global batches of
-    an evaluation. keep_checkpoints: older ones are deleted. dtype: of the computation; bfloat16 keeps float32 weights."""
+    """How long, how much at once, and how often to look.
+
+    steps: optimiser steps. global_batch: sequences of a step. micro_batch: sequences of one forward pass of a data rank.
+    log_every, eval_every, save_every: in steps, 0 is never; a run also saves its last step. eval_batches: global
+    batches of an evaluation. keep_checkpoints: older ones are deleted. dtype: of the computation; bfloat16 keeps
+    float32 weights.
+    """
 
     steps: int
     global_batch: int
@@ -71,8 +81,8 @@ class TrainConfig:
 class AdamWConfig:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101).
 
-    lr: the highest of the schedule. weight_decay: of the parameters that declare to decay. clip: the largest norm of the
-    whole gradient, null for no limit.
+    lr: the highest of the schedule. weight_decay: of the parameters that declare to decay. clip: the largest norm of
+    the whole gradient, null for no limit.
     """
 
     lr: float
@@ -96,8 +106,11 @@ class AdamWConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over the steps: up to the optimiser's lr in warmup_steps, then down to min_ratio of it at the last
-    step along a half cosine or a line, or constant."""
+    """The learning rate over the steps.
+
+    kind: after the warm-up, along a half cosine or a line down to min_ratio of the optimiser's lr at the last step, or
+    constant. warmup_steps: a line up to the optimiser's lr.
+    """
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
@@ -118,8 +131,8 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     optim: AdamWConfig
-    schedule: ScheduleConfig = ScheduleConfig()  # noqa: RUF009 - frozen
-    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - frozen
+    schedule: ScheduleConfig = ScheduleConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         check(self.model)
