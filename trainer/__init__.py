@@ -1,0 +1,1 @@
+"""The run: config, data, loop, checkpoints, evaluation."""

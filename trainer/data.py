@@ -1,0 +1,112 @@
+"""Token sequences from an indexed dataset, in an order that knows neither ranks nor batch sizes.
+
+The documents, each ended by an end-of-document token, are one stream. Sequence i has tokens [i*T, (i+1)*T) of it as
+targets and the token before each as input, so that every token is predicted exactly once, and a document's first token
+from the end of the document before it, which is why that end belongs to the document it opens.
+Shape suffixes: N sequences, T tokens of a sequence.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.loss import IGNORE
+from parallel.engine import Batch
+from trainer.indexed import IndexedDataset
+from trainer.order import slots
+
+
+class Sequences:
+    """The sequences of one .bin/.idx pair, by index.
+
+    Raises ValueError when the files are missing or hold no token.
+    """
+
+    def __init__(self, prefix: str, length: int) -> None:
+        for suffix in (".bin", ".idx"):
+            if not Path(prefix + suffix).is_file():
+                raise ValueError(f"the data {prefix}{suffix} does not exist; make it with python -m trainer.prepare")
+        self.prefix, self.length = prefix, length
+        index = IndexedDataset(prefix).index
+        lengths = np.array(index.sequence_lengths, dtype=np.int64)
+        documents = np.array(index.document_indices, dtype=np.int64)
+        ends = np.concatenate([[0], lengths.cumsum()])
+        # A document may be stored in several pieces, and may be empty.
+        self._starts = np.unique(ends[documents])
+        self.tokens = int(ends[-1])
+        if not self.tokens:
+            raise ValueError(f"the data {prefix} holds no token; prepare it from other text")
+        self._starts = self._starts[self._starts < self.tokens]
+        self._stream: NDArray[Any] = np.memmap(prefix + ".bin", dtype=index.dtype, mode="r", shape=(self.tokens,))
+
+    def __len__(self) -> int:
+        """How many sequences there are; the last may be filled up with padding."""
+        return -(-self.tokens // self.length)
+
+    @property
+    def full(self) -> int:
+        """How many of them have no padding."""
+        return self.tokens // self.length
+
+    def rows(self, indices: Sequence[int]) -> Batch:
+        """Sequences by index, as a batch [N, T]; an index past the end gives a sequence of padding."""
+        return Batch(*(torch.stack(parts) for parts in zip(*map(self._row, indices), strict=True)))
+
+    def _row(self, index: int) -> tuple[Tensor, ...]:
+        """Tokens, targets, document ids and positions, each [T]; both count from the row's beginning."""
+        tokens = np.zeros(self.length, dtype=np.int64)
+        targets = np.full(self.length, IGNORE, dtype=np.int64)
+        documents = np.full(self.length, -1, dtype=np.int64)
+        positions = np.zeros(self.length, dtype=np.int64)
+        start = index * self.length
+        stop = min(start + self.length, self.tokens)
+        count = max(0, stop - start)
+        if count:
+            targets[:count] = self._stream[start:stop]
+            # Before the first token stands the last one, which also ends a document.
+            tokens[0] = self._stream[start - 1]
+            tokens[1:count] = targets[: count - 1]
+            at = np.arange(start, stop)
+            document = np.searchsorted(self._starts, at, side="right") - 1
+            documents[:count] = document - document[0]
+            positions[:count] = at - np.maximum(self._starts[document], start)
+        return tuple(map(torch.from_numpy, (tokens, targets, documents, positions)))
+
+
+def share(start: int, count: int, data_rank: int, data_size: int, micro_batch: int) -> list[int]:
+    """The samples, of start..start+count-1, that one data rank takes, micro-batch-major.
+
+    Micro-batch m is the contiguous run of data_size * micro_batch samples from start + m * data_size * micro_batch, of
+    which each rank takes its part in order. Raises ValueError when count does not divide.
+    """
+    across = data_size * micro_batch
+    if count % across:
+        near = max(across, count // across * across)
+        raise ValueError(
+            f"global_batch is {count}, which {data_size} data ranks x micro_batch {micro_batch} = {across} must "
+            f"divide; use global_batch={near}, or another micro_batch"
+        )
+    first = start + data_rank * micro_batch
+    return [first + m * across + i for m in range(count // across) for i in range(micro_batch)]
+
+
+class TrainingData:
+    """An endless run of samples; sample i is a pure function of (seed, i)."""
+
+    def __init__(self, prefix: str, length: int, seed: int) -> None:
+        self.sequences, self.seed = Sequences(prefix, length), seed
+        if not self.sequences.full:
+            raise ValueError(
+                f"the data {prefix} has {self.sequences.tokens} tokens and one sequence takes {length}; "
+                "prepare more text, or use a smaller data.sequence_length"
+            )
+
+    def batch(self, start: int, count: int, data_rank: int, data_size: int, micro_batch: int) -> Batch:
+        """One data rank's part of the step that takes samples start..start+count-1."""
+        samples = np.array(share(start, count, data_rank, data_size, micro_batch), dtype=np.int64)
+        return self.sequences.rows(slots(samples, self.sequences.full, self.seed).tolist())
