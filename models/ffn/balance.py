@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T sequence (this rank's share), K picks, E experts, G groups (B, or 1).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ def count_picks(index_BTK: Tensor, valid_BT: Tensor, num_experts: int) -> Tensor
 
 
 def group_loads(
-    picks_BE: Tensor, valid_BT: Tensor, group: StatsGroup, reduce: LocalReduce, dtype: torch.dtype
+    picks_BE: Tensor, valid_BT: Tensor, group: StatsGroup, reduce: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> Tensor:
     """f: picks of each expert / valid tokens, over each group, [G, E]. No gradient; its sum over E is K.
 

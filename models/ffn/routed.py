@@ -3,26 +3,29 @@
 Shape suffixes: B batch, T sequence (this rank's share), N = B*T tokens, D width, E experts, K picks, P picks kept.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from models.buffers import Buffers
 from models.ffn.balance import LocalReduce, StatsGroup, balance_terms, count_picks, group_loads
 from models.ffn.dispatch import LocalDispatch
+from models.ffn.experts import Experts
 from models.ffn.routers import Routing
 from models.params import upcast
 from models.slots import FFN
 
 
 class RoutedFFN(FFN, Buffers):
-    """Runs on the rank's own tokens. `dispatch` and `reduce` are replaced where experts, tokens lie on several ranks."""
+    """Runs on the rank's own tokens. `dispatch` and `reduce` are replaced where experts or tokens are spread out."""
 
     entry = "tokens"
 
     def __init__(self, stats_group: StatsGroup) -> None:
         super().__init__()
         self.stats_group: StatsGroup = stats_group
-        self.dispatch = LocalDispatch()
-        self.reduce = LocalReduce()
+        self.dispatch: Callable[[Tensor, Tensor, Experts], Tensor] = LocalDispatch()
+        self.reduce: Callable[[Tensor], Tensor] = LocalReduce()
 
     def balance(self, routing: Routing, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(`balance_terms` [E], this rank's picks of each expert [E])."""

@@ -1,0 +1,55 @@
+"""The grouped matrix product against a per-row oracle, outputs and gradients, at awkward sizes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.kernels.grouped_mm import grouped_mm, grouped_mm_loop
+
+CASES = {
+    "plain": ([3, 2, 4], 16, 24),
+    "empty groups": ([0, 5, 0, 0, 3, 0], 16, 8),
+    "one row": ([0, 1, 0], 8, 8),
+    "no rows": ([0, 0], 8, 16),
+    "one group": ([5], 8, 8),
+    "unaligned widths": ([3, 0, 4], 7, 5),
+    "unaligned inner width": ([3, 4], 6, 8),
+}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def by_row(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
+    group_M = torch.arange(len(counts_E)).repeat_interleave(counts_E)
+    return torch.einsum("mk,mkn->mn", a_MK, b_EKN[group_M])
+
+
+@pytest.mark.parametrize("function", [grouped_mm, grouped_mm_loop])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_a_product_per_row(function, dtype: torch.dtype, case: str) -> None:
+    counts, inner, outer = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(sum(counts), inner, generator=generator).to(dtype).requires_grad_()
+    b = torch.randn(len(counts), inner, outer, generator=generator).to(dtype).requires_grad_()
+    cotangent = torch.randn(sum(counts), outer, generator=generator).to(dtype)
+    out = function(a, b, torch.tensor(counts))
+    assert out.dtype == dtype
+    got = (out, *torch.autograd.grad(out, (a, b), cotangent))
+    wide = [x.detach().double().requires_grad_() for x in (a, b)]
+    reference = by_row(wide[0], wide[1], torch.tensor(counts))
+    expected = (reference, *torch.autograd.grad(reference, wide, cotangent.double()))
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 4)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_takes_the_expanded_gradient_of_a_sum(dtype: torch.dtype) -> None:
+    a, b = torch.ones(3, 8, dtype=dtype, requires_grad=True), torch.ones(2, 8, 8, dtype=dtype, requires_grad=True)
+    grouped_mm(a, b, torch.tensor([1, 2])).sum().backward()
+    assert a.grad is not None and b.grad is not None
+    assert (a.grad == 8).all() and (b.grad[0] == 1).all() and (b.grad[1] == 2).all()
+
+
+def test_takes_rows_that_are_not_contiguous() -> None:
+    a, b = torch.randn(8, 6).T, torch.randn(2, 8, 8)
+    torch.testing.assert_close(grouped_mm(a, b, torch.tensor([4, 2])), by_row(a, b, torch.tensor([4, 2])))
