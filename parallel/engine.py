@@ -223,11 +223,18 @@ class Engine:
         """`pick(held)` of every parameter of this rank's stages, whole, by global name (a collective)."""
         return {h.shard.name: whole(pick(h), h.shard, self.mesh) for h in self.held() if not h.copy}
 
+    def gather(self, pick) -> dict[str, Tensor]:
+        """`pick(held)` of every parameter of the model, whole, on the CPU of every rank (a collective)."""
+        return self._over_stages(self.whole_tensors(pick))
+
     def full_state(self) -> dict[str, Tensor]:
         """Every parameter and buffer of the model, whole, on the CPU of every rank (a collective)."""
         state = self.whole_tensors(lambda held: held.parameter)
         for model in self.models:
             state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return self._over_stages(state)
+
+    def _over_stages(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = {name: value.detach().cpu() for name, value in state.items()}
         if self.mesh.pp.size > 1:
             everyone: list[dict[str, Tensor] | None] = [None] * self.mesh.pp.size
