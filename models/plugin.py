@@ -5,10 +5,13 @@ Folders named by the environment variable WEFT_PLUGINS (os.pathsep between them)
 is imported as `models.mixers.mine`, so that an idea can live outside this repository.
 """
 
+import dataclasses
 import difflib
 import importlib
 import os
 import pkgutil
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 
@@ -18,6 +21,7 @@ class Plugin:
     slot: ClassVar[str]
     folder: ClassVar[str]
     kind: ClassVar[str]
+    example: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # fields of a small instance, for tests and docs
     registry: ClassVar[dict[str, type["Plugin"]]]
 
     def __init_subclass__(
@@ -58,3 +62,17 @@ class Plugin:
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown {cls.slot} kind {kind!r}; {hint}the kinds are {', '.join(kinds)}")
         return kinds[kind]
+
+
+def plugins_in(value: Any) -> Iterator[Plugin]:
+    """Every plug-in config inside a config, the nested ones too, as often as each occurs."""
+    if isinstance(value, Plugin):
+        yield value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return
+    for item in value:
+        yield from plugins_in(item)

@@ -215,6 +215,13 @@ def equal_replicas(held: Held, mesh: Mesh) -> bool:
     return all(check_replicas(held.parameter.detach(), r) for r in ranks)
 
 
+def refuse_combination(config: LMConfig, mesh: MeshConfig, settings: Settings) -> None:
+    """Raise ValueError if the mesh cannot hold the model or the schedule cannot run the batch."""
+    refuse(config, mesh)
+    if mesh.pp > 1:
+        pipeline.refuse(mesh, len(config.expanded), micro_batches(mesh, settings))
+
+
 def run(
     config: LMConfig, mesh: MeshConfig, settings: Settings | None = None, pool: Pool | None = None, timeout: float = 300.0
 ) -> Report:
@@ -223,9 +230,7 @@ def run(
     Raises ValueError, before a process is started, when the combination is refused.
     """
     settings = settings or Settings()
-    refuse(config, mesh)
-    if mesh.pp > 1:
-        pipeline.refuse(mesh, len(config.expanded), micro_batches(mesh, settings))
+    refuse_combination(config, mesh, settings)
     engine = Engine(config, Mesh.single(), seed=settings.seed, dtype=settings.dtype)
     count = micro_batches(mesh, settings)
     reference = take_step(engine, make_batch(config, mesh, settings), count, None, settings.seed)

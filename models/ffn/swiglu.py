@@ -4,6 +4,7 @@ Shape suffixes: B batch, T sequence, D model width.
 """
 
 import dataclasses
+from types import MappingProxyType
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +19,8 @@ class SwiGLUConfig(FFNConfig, kind="swiglu"):
     """hidden: width between the projections; about 8/3 of the model width gives the parameters of a 4x MLP."""
 
     hidden: int
+
+    example = MappingProxyType({"hidden": 24})
 
     def __post_init__(self) -> None:
         if self.hidden < 1:

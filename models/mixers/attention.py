@@ -37,7 +37,7 @@ class AttentionConfig(MixerConfig, kind="attention"):
     output_gate: bool = False
 
     key_gate = True
-    example = MappingProxyType({"num_heads": 4, "num_kv_heads": 2})
+    example = MappingProxyType({"num_heads": 8, "num_kv_heads": 4, "head_dim": 4})
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.num_heads % (self.num_kv_heads or self.num_heads):

@@ -1,0 +1,154 @@
+"""The matrix: on every mesh, a step equals one process's: loss, every gradient, statistics, and the updated parameters."""
+
+import os
+import random
+
+import pytest
+
+from configs.structure import instantiate, to_plain
+from models.config import LMConfig
+from parallel import check
+from parallel.mesh import MeshConfig
+from parallel.testing import Pool
+from tests.contract.tiny import build, describe, draw, every_kind, of_kind, plain
+
+EVERYDAY = ("fsdp=2", "tp=2", "cp=2", "pp=2,schedule=zbv")
+MESHES = (
+    *EVERYDAY,
+    "dp=2",
+    "hsdp=2x2",
+    "tp=4",
+    "cp=4",
+    "cp=2,tp=2",
+    "pp=2,schedule=gpipe",
+    "pp=2",
+    "pp=4",
+    "pp=2,schedule=interleaved",
+    "pp=2,schedule=zero_bubble",
+    "pp=2,schedule=dualpipev",
+    "ep=2",
+    "ep=2,tp=2",
+    "ep=4,fsdp=4",
+    "ep=2,fsdp=4",
+    "ep=2,pp=2,schedule=zbv",
+    "fsdp=2,ep=2,pp=2,schedule=interleaved",
+    "fsdp=2,tp=2",
+    "fsdp=2,cp=2",
+    "fsdp=2,tp=2,pp=2",
+    "fsdp=2,tp=2,pp=2,schedule=zbv",
+    "fsdp=2,cp=2,pp=2,schedule=dualpipev",
+    "hsdp=2x2,tp=2",
+    "hsdp=2x2,ep=4",
+    "dp=2,tp=2,pp=2,schedule=zero_bubble",
+)
+HYBRID = {
+    "pattern": "GGGA",
+    "repeat": 1,
+    "layers": {
+        "G": {"mixer": plain("mixer", "gated_deltanet"), "ffn": plain("ffn", "moe_plus_plus")},
+        "A": {"mixer": plain("mixer", "attention"), "ffn": plain("ffn", "moe")},
+    },
+}
+COMBINATIONS: dict[str, LMConfig] = {
+    "hybrid": build(**HYBRID, residual="hyper", values="resformer_learnable", norm="peri", tie_embeddings=True),
+    "mudd": build(**HYBRID, residual="mudd", values="resformer", depth="skip_middle"),
+    "ladder": build(**HYBRID, residual="ladder", norm="post", scaling="rezero", tie_embeddings=True),
+    "reversible": build(residual="reversible", depth="skip_middle", ffn="moe"),
+    "one_kv_head": build(mixer={"kind": "attention", "num_heads": 8, "num_kv_heads": 1, "head_dim": 4, "qk_norm": True}),
+    "two_kv_heads": build(
+        mixer={"kind": "attention", "num_heads": 8, "num_kv_heads": 2, "head_dim": 4, "window": 5}, values="resformer"
+    ),
+    "microbatch_statistics": build(ffn={**plain("ffn", "moe"), "stats_group": "microbatch", "z_coef": 0.01}),
+}
+
+
+def assert_equal(config: LMConfig, mesh: str, pool: Pool, settings: check.Settings | None = None) -> None:
+    report = check.run(config, MeshConfig.parse(mesh), settings, pool, timeout=120)
+    assert report.ok, "\n".join([describe(config), f"on {mesh}", *report.wrong[:10]])
+
+
+@pytest.mark.parametrize("mesh", EVERYDAY)
+@pytest.mark.parametrize(("slot", "kind"), every_kind())
+def test_every_kind(slot: str, kind: str, mesh: str, pool: Pool) -> None:
+    assert_equal(of_kind(slot, kind), mesh, pool)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh(mesh: str, pool: Pool) -> None:
+    assert_equal(COMBINATIONS["hybrid"], mesh, pool)
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "tp=4", "tp=8", "cp=2,tp=4", "cp=4", "tp=2,pp=2", "fsdp=2,tp=4"])
+@pytest.mark.parametrize("name", ["one_kv_head", "two_kv_heads"])
+def test_fewer_key_value_heads_than_ranks(name: str, mesh: str, pool: Pool) -> None:
+    assert_equal(COMBINATIONS[name], mesh, pool)
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "fsdp=2,tp=2", "cp=2", "ep=4,cp=2", "dp=2,pp=2,schedule=interleaved"])
+def test_statistics_over_a_micro_batch(mesh: str, pool: Pool) -> None:
+    assert_equal(COMBINATIONS["microbatch_statistics"], mesh, pool)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2,tp=2,pp=2", "cp=2,tp=2", "pp=2,schedule=dualpipev"])
+@pytest.mark.parametrize("name", ["mudd", "ladder", "reversible"])
+def test_combinations(name: str, mesh: str, pool: Pool) -> None:
+    assert_equal(COMBINATIONS[name], mesh, pool)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        check.Settings(length=16, packed=False, sequences=2),
+        check.Settings(length=7, micro_batches=8),
+        check.Settings(length=65, seed=3),
+    ],
+    ids=["whole_rows", "short_rows", "long_rows"],
+)
+def test_other_batches(settings: check.Settings, pool: Pool) -> None:
+    assert_equal(COMBINATIONS["hybrid"], "fsdp=2,tp=2,pp=2,schedule=interleaved", pool, settings)
+
+
+def random_mesh(generator: random.Random, config: LMConfig) -> MeshConfig:
+    """A mesh of 2 to 8 ranks that the config is not refused on."""
+    while True:
+        degrees = {key: generator.choice((1, 1, 2, 4)) for key in ("dp", "fsdp", "tp", "cp", "ep", "pp")}
+        try:
+            mesh = MeshConfig(**degrees, schedule=generator.choice(("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")))
+            if 2 <= mesh.world_size <= 8:
+                check.refuse_combination(config, mesh, check.Settings())
+                return mesh
+        except ValueError:
+            continue
+
+
+def check_draw(seed: int, pool: Pool) -> None:
+    generator = random.Random(seed)
+    config = draw(seed)
+    mesh = random_mesh(generator, config)
+    settings = check.Settings(seed=seed, length=generator.choice((5, 13, 19)), packed=generator.random() < 0.7)
+    assert_equal(instantiate(LMConfig, to_plain(config)), str(mesh), pool, settings)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_combinations(seed: int, pool: Pool) -> None:
+    check_draw(seed, pool)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_many_random_combinations(pool: Pool) -> None:
+    """WEFT_DRAWS sets how many."""
+    wrong = []
+    for seed in range(100, 100 + int(os.environ.get("WEFT_DRAWS", "200"))):
+        try:
+            check_draw(seed, pool)
+        except AssertionError as error:
+            wrong.append(f"draw {seed}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh not in EVERYDAY and "ep" not in mesh])
+@pytest.mark.parametrize(("slot", "kind"), every_kind())
+def test_every_kind_on_every_mesh(slot: str, kind: str, mesh: str, pool: Pool) -> None:
+    assert_equal(of_kind(slot, kind), mesh, pool)
