@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from models.config import LMConfig
-from models.rules import check
+from models.rules import reasons
 from parallel.mesh import MeshConfig
 
 
@@ -56,7 +56,7 @@ class DataConfig:
 class TrainConfig:
     """How long, how much at once, and how often to look.
 
-    steps: optimiser steps. global_batch: sequences of a step. micro_batch: sequences of one forward pass of a data rank.
+    steps: optimiser steps. global_batch: sequences of a step. micro_batch: sequences of a data rank's forward pass.
     log_every, eval_every, save_every: in steps, 0 is never; a run also saves its last step. eval_batches: global
     batches of an evaluation. keep_checkpoints: older ones are deleted. dtype: of the computation; bfloat16 keeps
     float32 weights.
@@ -131,11 +131,12 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     optim: AdamWConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    mesh: MeshConfig = MeshConfig()
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        check(self.model)
+        for reason in reasons(self.model):
+            raise ValueError(f"model: {reason}")
         if self.schedule.warmup_steps > self.train.steps:
             raise ValueError(
                 f"schedule.warmup_steps is {self.schedule.warmup_steps}, more than train.steps {self.train.steps}; "

@@ -1,0 +1,108 @@
+"""A config file as plain data: its base files below it, dotted overrides on top.
+
+    base: base_debug.yaml       a file, or a list of which later ones win; relative to the file that names it
+
+A mapping is merged with the one below it, key by key. Where both say `kind` and differ, the upper one replaces the
+lower one whole, since the lower one's other keys belong to another kind.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, did_you_mean
+from configs.text import parse_yaml
+
+Data = dict[str, Any]
+
+
+def load(file: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Data:
+    """Read `file` with its bases, then apply overrides such as "train.steps=100", in order.
+
+    Raises ConfigError for what cannot be read; what the keys mean is checked by `configs.validate`.
+    """
+    data = read(Path(file), ())
+    for text in overrides:
+        data = merge(data, override(text, data))
+    return data
+
+
+def read(file: Path, above: tuple[Path, ...]) -> Data:
+    """One file and its bases. above: the files that led here, outermost first."""
+    here = file.resolve()
+    if here in above:
+        chain = " -> ".join(path.name for path in (*above[above.index(here) :], here))
+        raise ConfigError(f"{file}: base leads back to the file itself ({chain}); take one base out")
+    data = parse_yaml(text_of(file, above), str(file))
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: holds {data!r}, not a mapping; write key: value lines")
+    refuse_odd_keys(data, str(file))
+    bases = data.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{file}: base is {bases!r}; it takes a file, or a list of files")
+    below: Data = {}
+    for base in bases:
+        below = merge(below, read(file.parent / base, (*above, here)))
+    return merge(below, data)
+
+
+def text_of(file: Path, above: tuple[Path, ...]) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = [path.name for path in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+        named = f", which {above[-1].name} names as its base," if above else ""
+        hint = did_you_mean(file.name, near) or "give the path of a YAML file; "
+        raise ConfigError(f"{file}{named} does not exist; {hint.strip().rstrip(';')}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"{file}: cannot be read: {reason}; give a YAML file") from error
+
+
+def refuse_odd_keys(data: Any, path: str) -> None:
+    """Keys are text; YAML reads 1 and true as something else."""
+    for value in data if isinstance(data, list) else ():
+        refuse_odd_keys(value, path)
+    for key, value in data.items() if isinstance(data, dict) else ():
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: the key {key!r} is not text; write it in quotes")
+        refuse_odd_keys(value, path)
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Data:
+    """A new mapping in which `above` wins; nothing given is modified."""
+    if "kind" in below and "kind" in above and below["kind"] != above["kind"]:
+        return dict(above)
+    merged = dict(below)
+    for key, value in above.items():
+        under = below.get(key)
+        merged[key] = merge(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def override(text: str, data: Mapping[str, Any]) -> Data:
+    """From "a.b=1" to {"a": {"b": 1}}; the value is YAML. Refused where `data` has no mapping on the way.
+
+    Whether the last key exists is for the schema to say: a key that is absent may have a default.
+    """
+    path, equals, value = text.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError(f"{text!r} is no override; write a dotted key and a value, such as train.steps=100")
+    parsed = parse_yaml(value, f"the value of {path}")
+    refuse_odd_keys(parsed, f"the value of {path}")
+    here: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        here = here.get(key)
+        if here is None:
+            break
+        if not isinstance(here, Mapping):
+            whole = ".".join(keys[: depth + 1])
+            raise ConfigError(f"{path}: {whole} is {here!r}, which has no keys; write {whole}=... instead")
+    for key in reversed(keys):
+        parsed = {key: parsed}
+    return parsed
