@@ -88,22 +88,23 @@ class DepthAggregate(nn.Module):
         declare(self, "static", (ways, sources), Newest(), decay=False)
 
     def weights(self, newest_BTD: Tensor) -> Tensor:
-        """Returns [B, T, C, J]."""
+        """Returns [B, T, C, J], in at least float32."""
         hidden_BTK = F.gelu(self.down(F.rms_norm(newest_BTD, newest_BTD.shape[-1:], eps=self.eps)))
-        return self.up(hidden_BTK).unflatten(-1, (self.ways, -1)) + self.static
+        return upcast(self.up(hidden_BTK)).unflatten(-1, (self.ways, -1)) + self.static
 
     def forward(self, sources: list[Tensor]) -> list[Tensor]:
         """sources: J tensors [B, T, D], oldest first. Returns C of them."""
-        w_BTCJ = self.weights(sources[-1])
-        outs = []
-        for way in range(self.ways):
-            # One addition after another: stacking the sources for one product would keep a copy of all of them for the
-            # backward of every layer; addcmul keeps the sources themselves. The sum is held in at least float32.
-            out_BTD = upcast(sources[0] * w_BTCJ[..., way, 0, None])
-            for j, source_BTD in enumerate(sources[1:], start=1):
-                out_BTD = torch.addcmul(out_BTD, source_BTD, w_BTCJ[..., way, j, None])
-            outs.append(out_BTD.to(sources[0].dtype))
-        return outs
+        newest_BTD = sources[-1]
+        return [self.mix(sources, w_BTJ).to(newest_BTD.dtype) for w_BTJ in self.weights(newest_BTD).unbind(-2)]
+
+    def mix(self, sources: list[Tensor], w_BTJ: Tensor) -> Tensor:
+        # One addition after another: for one product the sources would have to be stacked, and every layer would keep
+        # that copy for its backward, where addcmul keeps the sources themselves.
+        w_BT1 = w_BTJ.unsqueeze(-2).unbind(-1)
+        mixed_BTD = sources[0] * w_BT1[0]
+        for source_BTD, w in zip(sources[1:], w_BT1[1:], strict=True):
+            mixed_BTD = torch.addcmul(mixed_BTD, source_BTD, w)
+        return mixed_BTD
 
 
 class BlockStart(Connection):

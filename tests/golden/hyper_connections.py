@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.residual.hyper import HyperConnections, StaticHyperConnections
 from models.residual.hyper_fractional import FractionalHyperConnections
-from models.slots import ResidualConfig
+from models.slots import Connection, ResidualConfig
 from tests.connections import Applied, Params, call, context
 
 NAMES = {
@@ -39,17 +39,17 @@ def branch(params: Params) -> Callable[[Tensor], Tensor]:
 
 
 def residual(params: Params, config: dict) -> ResidualConfig:
-    if "dynamic_alpha_fn" not in params:
+    if "dynamic_alpha_fn" not in params and config.get("num_fracs", 1) == 1:
         return StaticHyperConnections(config["n"])
     # The package divides by max(|x|, 1e-12), which a vanishing eps comes to; the paper's layer norm has its own eps.
-    norm, eps = ("rms", 1e-30) if "norm.gamma" in params else ("layer", config["norm_eps"])
+    norm, eps = ("layer", config["norm_eps"]) if "norm_eps" in config else ("rms", 1e-30)
     activation = "tanh" if config.get("tanh", True) else "identity"
     if config.get("num_fracs", 1) > 1:
         return FractionalHyperConnections(config["num_fracs"], config["n"], norm, eps, activation)
     return HyperConnections(config["n"], norm, eps, activation)
 
 
-def ours(params: Params, config: dict) -> Params:
+def ours(connection: Connection, params: Params, config: dict) -> Params:
     mapped = {f"connection.{ours}": params[theirs] for theirs, ours in NAMES.items() if theirs in params}
     for name in ("connection.alpha_scale", "connection.beta_scale"):
         if name in mapped:
@@ -58,6 +58,8 @@ def ours(params: Params, config: dict) -> Params:
         # Their static part is the same for all source fractions; ours may differ.
         beta = mapped["connection.static_beta"].unflatten(0, (config["n"], fractions))
         mapped["connection.static_beta"] = beta.expand(fractions, -1, -1)
+        for name, own in connection.named_parameters():  # of a static case, which lists no others
+            mapped.setdefault(f"connection.{name}", torch.zeros_like(own, dtype=beta.dtype))
     elif "connection.dynamic_beta" in mapped:
         mapped["connection.dynamic_beta"] = mapped["connection.dynamic_beta"][:, None]
     return mapped
@@ -70,7 +72,9 @@ def run(inputs: Params, params: Params, config: dict) -> Params:
     place = context(inputs["streams"].shape[-1], 0, 1)
     connection = residual(params, config).connect(place, "mixer", torch.nn.Identity())
     traced = Traced(connection)
-    x_BTD, mixed, beta, streams = call(traced, ours(params, config), {"streams": streams_BTND}, branch(params))
+    x_BTD, mixed, beta, streams = call(
+        traced, ours(connection, params, config), {"streams": streams_BTND}, branch(params)
+    )
     batch, time = x_BTD.shape[:2]
     if "norm_eps" in config:
         beta = beta.expand(batch, time, -1)
@@ -94,5 +98,5 @@ def stack(x_BTD: Tensor, params: Params, config: dict) -> Params:
     for index, own in enumerate(layers):
         place = context(x_BTD.shape[-1], index // 2, (len(layers) + 1) // 2)
         connection = kind.connect(place, "ffn" if index % 2 else "mixer", torch.nn.Identity())
-        state = call(Applied(connection), ours(own, config), state, branch(own))
+        state = call(Applied(connection), ours(connection, own, config), state, branch(own))
     return {"y": kind.close(x_BTD.shape[-1], (len(layers) + 1) // 2)(state)}
