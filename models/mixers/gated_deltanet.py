@@ -6,10 +6,11 @@ K key width, V value width, W kernel width.
 
 import dataclasses
 import math
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.conv import FanInUniform, prepend, short_conv, tail
 from models.kernels.delta_rule.reference import CHUNK, chunked, recurrent
@@ -43,6 +44,7 @@ class GatedDeltaNetConfig(MixerConfig, kind="gated_deltanet"):
     allow_neg_eigval: bool = False
 
     key_gate = True
+    example = MappingProxyType({"num_heads": 2, "num_value_heads": 4, "head_dim": 4, "expand_v": 1.0})
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or (self.num_value_heads or self.num_heads) % self.num_heads:
@@ -108,12 +110,17 @@ class GatedDeltaNet(Mixer):
         self.gate = Linear(ctx.d_model, value_heads * value, axis=axis) if config.output_gate else None
         self.o = Linear(value_heads * value, ctx.d_model, in_axis=axis, init=ctx.output_init)
         self.norm = RMSNorm(value, ctx.norm_eps)
+        self.A_log: nn.Parameter
+        self.dt_bias: nn.Parameter
         declare(self, "A_log", (value_heads,), LogDecayRate(), (axis,), decay=False)
         declare(self, "dt_bias", (value_heads,), TimeStepBias(), (axis,), decay=False)
+        self.convs: list[str] = []
         for name, width, along in (("q", key, key_axis), ("k", key, key_axis), ("v", value, axis)):
             init = FanInUniform(config.conv_size)
+            self.convs.append(f"conv_{name}")
             declare(self, f"conv_{name}", (along.groups, width, config.conv_size), init, (along, None, None))
             if config.conv_bias:
+                self.convs.append(f"conv_{name}_bias")
                 declare(self, f"conv_{name}_bias", (along.groups, width), init, (along, None), decay=False)
 
     def project(self, views: Views, side: Side) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -130,7 +137,7 @@ class GatedDeltaNet(Mixer):
         return heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)}
 
     def core_weights(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.param_specs if name.startswith("conv_")}
+        return {name: getattr(self, name) for name in self.convs}
 
     def core(
         self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None

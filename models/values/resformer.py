@@ -9,7 +9,7 @@ Shape suffixes: B batch, T sequence, H value heads, V value width.
 import dataclasses
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.params import Constant, declare
 from models.slots import LayerContext, Values, ValuesConfig
@@ -66,6 +66,8 @@ class LearnedMix(Values):
 
     def __init__(self, lambda1: float, lambda2: float) -> None:
         super().__init__()
+        self.lambda1: nn.Parameter
+        self.lambda2: nn.Parameter
         declare(self, "lambda1", (1,), Constant(lambda1))
         declare(self, "lambda2", (1,), Constant(lambda2))
 

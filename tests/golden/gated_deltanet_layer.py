@@ -6,7 +6,7 @@ from torch import Tensor
 from models.config import LayerConfig
 from models.ffn.swiglu import SwiGLUConfig
 from models.mixers.gated_deltanet import GatedDeltaNetConfig
-from models.slots import LayerContext
+from models.slots import LayerContext, Mixer
 from models.state import Side, Views
 
 FLA = {
@@ -32,9 +32,9 @@ def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> d
 
 
 class Layer(torch.nn.Module):
-    def __init__(self, mixer: torch.nn.Module) -> None:
+    def __init__(self, mixer: Mixer) -> None:
         super().__init__()
-        self.mixer = mixer
+        self.mixer: Mixer = mixer
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         ids = torch.zeros(x_BTD.shape[:2], dtype=torch.int64)

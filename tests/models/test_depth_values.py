@@ -1,0 +1,194 @@
+"""Value residuals and skip-middle gates in whole models: what travels, what is learned, what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.config import LayerConfig, LMConfig
+from models.depth.skip_middle import SkipMiddleDepth, UngatedKeysSkipMiddleDepth
+from models.ffn.swiglu import SwiGLUConfig
+from models.lm import LM
+from models.mixers.attention import AttentionConfig
+from models.mixers.gated_deltanet import GatedDeltaNetConfig
+from models.norms.peri import PeriNorm
+from models.params import initialize
+from models.slots import DepthConfig, ValuesConfig
+from models.values.resformer import LearnableResFormerValues, ResFormerValues
+
+FFN = SwiGLUConfig(10)
+LAYERS = {
+    "A": LayerConfig(AttentionConfig(num_heads=2), FFN),
+    "G": LayerConfig(GatedDeltaNetConfig(num_heads=1, num_value_heads=2, head_dim=4, expand_v=1.0), FFN),
+}
+VALUES: dict[str, ValuesConfig] = {"resformer": ResFormerValues(2.0, 0.7), "learnable": LearnableResFormerValues()}
+DEPTHS: dict[str, DepthConfig] = {"gated keys": SkipMiddleDepth(), "ungated keys": UngatedKeysSkipMiddleDepth()}
+
+
+def configure(pattern: str, **slots: Any) -> LMConfig:
+    return LMConfig(16, 8, {letter: LAYERS[letter] for letter in set(pattern)}, pattern, **slots)
+
+
+def build(pattern: str, scale: float = 1.0, **slots: Any) -> LM:
+    model = LM(configure(pattern, **slots))
+    initialize(model, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2 * scale)
+    return model.double()
+
+
+def tokens(batch: int = 2, length: int = 7) -> Tensor:
+    return torch.randint(0, 16, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def names(model: LM) -> list[list[str]]:
+    return [[entry.name for entry in boundary] for boundary in model.boundaries]
+
+
+def sub(model: LM, index: int, path: str) -> Any:
+    return model.get_submodule(f"layers.{index}.{path}")
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_first_value_lives_until_its_last_reader(values: ValuesConfig) -> None:
+    model = build("AGA", values=values)
+    assert names(model) == [["x"], ["x", "first_value"], ["x", "first_value"], ["x"]]
+    entry = model.boundaries[1][1]
+    assert entry.shape == (2, 4) and entry.heads == 2
+
+
+def test_resformer_is_its_equation() -> None:
+    model, seen = build("AGA", values=VALUES["resformer"]), []
+    for index in range(3):
+        values = sub(model, index, "mixer.branch.values")
+        values.register_forward_hook(lambda module, args, out: seen.append((args[0], out[0])))
+    model(tokens())
+    first = seen[0][0]
+    assert torch.equal(seen[0][1], first)
+    for own, mixed in seen[1:]:
+        torch.testing.assert_close(mixed, 2.0 * first + 0.7 * own)
+
+
+def test_first_value_is_not_detached() -> None:
+    """With the later layers' own values switched off, all of their values come from layer 0's projection."""
+    model = build("AA", values=ResFormerValues(1.0, 0.0))
+    loss = model(tokens(), tokens()).loss
+    own, first = (sub(model, index, "mixer.branch.mixer.v").weight for index in (1, 0))
+    gradients = torch.autograd.grad(loss, [own, first])
+    assert not gradients[0].any() and gradients[1].any()
+
+
+def test_learned_weights_start_as_the_constant_ones_and_train() -> None:
+    learned, constant = LM(configure("AAA", values=VALUES["learnable"])), LM(configure("AAA", values=ResFormerValues()))
+    for model in (learned, constant):
+        initialize(model, seed=0)
+    assert torch.equal(learned(tokens()).logits, constant(tokens()).logits)
+    weights = [x for name, x in learned.named_parameters() if "lambda" in name]
+    assert [x.shape for x in weights] == [(1,)] * 4
+    assert all(x.any() for x in torch.autograd.grad(learned(tokens(), tokens()).loss, weights))
+
+
+def test_values_of_different_shapes_are_refused() -> None:
+    wide = LayerConfig(GatedDeltaNetConfig(num_heads=2, head_dim=4, expand_v=2.0), FFN)
+    config = LMConfig(16, 8, {"A": LAYERS["A"], "W": wide}, "AW", values=ResFormerValues())
+    with pytest.raises(ValueError, match=r"\(2 heads of width 4\).*layer 1 \(gated_deltanet\) has 2 of width 8"):
+        LM(config)
+    LM(LMConfig(16, 8, {"A": LAYERS["A"], "W": wide}, "AW"))
+
+
+@pytest.mark.parametrize("depth", DEPTHS.values(), ids=DEPTHS)
+def test_gate_sums_live_until_their_mirror(depth: DepthConfig) -> None:
+    first, second = "gate_sum.0", "gate_sum.1"
+    assert names(build("AGGA", depth=depth)) == [["x"], ["x", first], ["x", first, second], ["x", first], ["x"]]
+
+
+@pytest.mark.parametrize("depth", DEPTHS.values(), ids=DEPTHS)
+def test_gates_never_open_towards_the_middle_and_are_mirrored(depth: DepthConfig) -> None:
+    model, gates = build("AGAAGA", depth=depth, norm=PeriNorm()), []
+    for index in range(6):
+        sub(model, index, "depth").register_forward_hook(lambda module, args, out: gates.append(out[0]))
+    model(tokens())
+    assert all(gate.dtype == torch.float64 and 0 <= gate.min() and gate.max() <= 1 for gate in gates)
+    assert (gates[0] >= gates[1]).all() and (gates[1] >= gates[2]).all() and (gates[2] < gates[0]).any()
+    assert all(torch.equal(gates[index], gates[5 - index]) for index in range(3))
+
+
+@pytest.mark.parametrize("pattern", ["AA", "GG"])
+def test_a_skipped_token_is_untouched_and_unseen(pattern: str) -> None:
+    """Layer 0's gate is fitted to shut out the tokens with id 5 and no others."""
+    model, hidden = build(pattern, depth=SkipMiddleDepth()), []
+    ids = torch.tensor([[1, 2, 5, 3, 5, 1]])
+    for layer in model.layers.values():
+        layer.register_forward_hook(lambda module, args, out: hidden.append(out[0]["x"]))
+    with torch.no_grad():
+        before = model.embed(ids)  # type: ignore[misc]
+        proj = sub(model, 0, "depth.proj")
+        wanted = torch.where(ids == 5, 3.0, 0.0).double()
+        proj.weight.copy_(torch.linalg.lstsq(before[0], wanted.T).solution.T)
+        proj.bias.fill_(-1.0)
+        model(ids)
+    gone = ids == 5
+    assert torch.equal(hidden[-1][gone], before[gone])
+    assert not torch.isclose(hidden[-1][~gone], before[~gone]).all(-1).any()
+
+
+@pytest.mark.parametrize("depth", DEPTHS.values(), ids=DEPTHS)
+def test_gates_are_trained_from_the_start(depth: DepthConfig) -> None:
+    model = LM(configure("AAAA", depth=depth, norm=PeriNorm()))
+    initialize(model, seed=0)
+    weights = [x for name, x in model.named_parameters() if "depth" in name]
+    assert [tuple(x.shape) for x in weights] == [(1, 8), (1,)] * 2
+    assert all(x.any() for x in torch.autograd.grad(model(tokens(), tokens()).loss, weights))
+
+
+def test_sparsity_is_the_mean_gate_of_valid_tokens() -> None:
+    ids = torch.tensor([[0] * 7, [0, 0, 0, 1, 1, -1, -1]])
+    model, gates = build("AGGA", depth=SkipMiddleDepth(sparsity=0.3)), []
+    for index in range(4):
+        sub(model, index, "depth").register_forward_hook(lambda module, args, out: gates.append(out[0]))
+    targets = tokens().where(ids >= 0, -100)
+    out = model(tokens(), targets, documents_BT=ids)
+    expected = 0.3 * torch.stack(gates)[:, ids >= 0].sum() / 4
+    torch.testing.assert_close(out.losses["sparsity"], expected.detach())
+    torch.testing.assert_close(out.loss - out.token_loss, expected)
+    torch.testing.assert_close(out.stats["layers.1.depth.gate"], gates[1][ids >= 0].sum().detach())
+    assert names(model)[1:] == [
+        ["x", "gate_sum.0", "losses"],
+        ["x", "gate_sum.0", "gate_sum.1", "losses"],
+        ["x", "gate_sum.0", "losses"],
+        ["x", "losses"],
+    ]
+
+
+def test_gate_sums_are_at_least_single_precision() -> None:
+    model, seen = build("AAAA", depth=SkipMiddleDepth()).bfloat16(), {}
+    sub(model, 1, "depth").register_forward_hook(lambda module, args, out: seen.update(out[1]))
+    assert model(tokens()).logits.dtype == torch.bfloat16
+    declared = {entry.name: entry.dtype_in(torch.bfloat16) for entry in model.boundaries[2]}
+    assert seen["gate_sum.1"].dtype == declared["gate_sum.1"] == torch.float32
+
+
+def test_depths_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="L = 3 is odd; use 4 layers"):
+        LM(configure("AAA", depth=SkipMiddleDepth()))
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("depth", DEPTHS.values(), ids=DEPTHS)
+def test_a_hybrid_decodes_as_it_reads(values: ValuesConfig, depth: DepthConfig) -> None:
+    """Rows of different lengths, prefilled with padding, then token by token."""
+    model, ids = build("AGGA", values=values, depth=depth), tokens(2, 9)
+    whole = model(ids).logits
+    lengths = torch.tensor([5, 2])
+    documents = torch.where(torch.arange(5) < lengths[:, None], 0, -1)
+    out = model(ids[:, :5], documents_BT=documents, cache={})
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(out.logits[row, :length], whole[row, :length], rtol=1e-11, atol=1e-11)
+    for step in range(4):
+        at = (lengths + step)[:, None]
+        out = model(ids.gather(1, at), positions_BT=at, cache=out.cache)
+        expected = whole[torch.arange(2), at[:, 0]]
+        torch.testing.assert_close(out.logits[:, 0], expected, rtol=1e-11, atol=1e-11)
