@@ -195,6 +195,16 @@ def test_a_batch_without_ffn_picks(chosen: str, expected: float) -> None:
     assert (gradients[0] == expected).all() and all((gradient == 0).all() for gradient in gradients[1:])
 
 
+def test_a_zero_expert_that_takes_all_probability() -> None:
+    """The other pick's probability is 0 in floating point; a share of nothing is nothing, not 0/0."""
+    module, x = chain(MoEPlusPlusConfig(2, 3), 4)[0], torch.ones(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        module.router.get_parameter("weight")[-1] = 1000.0
+    out = module(x, {}, side_of((1, 3))).out_BTD
+    gradients = torch.autograd.grad(out.sum(), [x, *module.router.parameters()])
+    assert all((value == 0).all() for value in (out, *gradients))
+
+
 def test_bfloat16_gives_bfloat16_and_float32_logits() -> None:
     shape, config = (2, 5, 8), MoEPlusPlusConfig(4, 8)
     module = chain(config, 8, torch.bfloat16)[0]
