@@ -7,6 +7,7 @@ token counts, packed documents, padding and a length that does not divide; zero 
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +224,14 @@ def refuse_combination(config: LMConfig, mesh: MeshConfig, settings: Settings) -
 
 
 def run(
-    config: LMConfig, mesh: MeshConfig, settings: Settings | None = None, pool: Pool | None = None, timeout: float = 300.0
+    config: LMConfig,
+    mesh: MeshConfig,
+    settings: Settings | None = None,
+    pool: Pool | None = None,
+    timeout: float = 300.0,
+    task: Callable[..., dict[str, Any]] = run_rank,
 ) -> Report:
-    """Compare `config` on `mesh` with one process.
+    """Compare `config` on `mesh` with one process. `task` is what every rank runs.
 
     Raises ValueError, before a process is started, when the combination is refused.
     """
@@ -239,10 +245,10 @@ def run(
         torch.save(reference, file)
         arguments = (to_plain(config), mesh, settings, file)
         if pool is not None:
-            ranks = pool.run(run_rank, mesh.world_size, *arguments, timeout=timeout)
+            ranks = pool.run(task, mesh.world_size, *arguments, timeout=timeout)
         else:
             with Pool(mesh.world_size) as own:
-                ranks = own.run(run_rank, mesh.world_size, *arguments, timeout=timeout)
+                ranks = own.run(task, mesh.world_size, *arguments, timeout=timeout)
 
     def worst(what: str) -> dict[str, float]:
         names = {name for rank in ranks for name in rank[what]}
