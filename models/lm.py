@@ -18,7 +18,7 @@ from models.rules import check
 from models.slots import Cache, Closer, Opener
 from models.state import Entry, Layout, Side, State
 
-LOSSES = Entry("losses", (1,), Layout.PER_RANK)
+LOSSES = Entry("losses", (1,), Layout.PER_RANK, dtype=torch.float32)
 
 
 class Output(NamedTuple):
