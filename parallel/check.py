@@ -73,7 +73,10 @@ class Report:
         """One line for everything out of tolerance."""
         lines = [f"initial weight {name} differs from one process's" for name in self.initial]
         lines += [f"replicas of {name} differ after the step" for name in self.replicas]
-        for what, error, limit in (("loss", self.loss, self.tolerance.loss), ("gradient norm", self.norm, self.tolerance.gradient)):
+        for what, error, limit in (
+            ("loss", self.loss, self.tolerance.loss),
+            ("gradient norm", self.norm, self.tolerance.gradient),
+        ):
             if not error <= limit:
                 lines.append(f"{what}: {error:.1e} > {limit:.0e}")
         for what, errors, limit in (
@@ -81,7 +84,9 @@ class Report:
             ("updated", self.parameters, self.tolerance.parameter),
             ("statistic", self.statistics, self.tolerance.gradient),
         ):
-            lines += [f"{what} {name}: {error:.1e} > {limit:.0e}" for name, error in errors.items() if not error <= limit]
+            lines += [
+                f"{what} {name}: {error:.1e} > {limit:.0e}" for name, error in errors.items() if not error <= limit
+            ]
         return lines
 
     @property
@@ -186,7 +191,9 @@ def error(got: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     return float((got - expected).abs().max()) / scale
 
 
-def run_rank(config_plain: dict[str, Any], mesh_config: MeshConfig, settings: Settings, reference_file: str) -> dict[str, Any]:
+def run_rank(
+    config_plain: dict[str, Any], mesh_config: MeshConfig, settings: Settings, reference_file: str
+) -> dict[str, Any]:
     """One rank's part of a check. Returns its errors by name."""
     config: LMConfig = instantiate(LMConfig, config_plain)
     reference: Step = torch.load(reference_file, weights_only=False)

@@ -123,7 +123,9 @@ class Engine:
         batch = pad(batch, self.mesh.sequence.size)
         tokens = int(self._sum_over_data((batch.targets != IGNORE).sum()))
         scale = 1.0 / max(tokens, 1)
-        record = self._pipelined(batch, micro_batches, scale) if self.stages else self._local(batch, micro_batches, scale)
+        record = (
+            self._pipelined(batch, micro_batches, scale) if self.stages else self._local(batch, micro_batches, scale)
+        )
         gradients.reduce(self.held(), self.mesh, self.shared)
         return self._output(record, tokens)
 
@@ -211,7 +213,9 @@ class Engine:
         if self.stages:
             out = pipeline.relay(self.stages, self.mesh, batch.side(), self.dtype)
         else:
-            out = self.models[0](batch.tokens, batch.targets, documents_BT=batch.documents, positions_BT=batch.positions)
+            out = self.models[0](
+                batch.tokens, batch.targets, documents_BT=batch.documents, positions_BT=batch.positions
+            )
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         if out is not None:
             sums = torch.stack([out.token_loss.double(), out.count.double()])

@@ -51,7 +51,9 @@ class MeshConfig:
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"schedule is {self.schedule!r}; {hint}the schedules are {', '.join(SCHEDULES)}")
         if self.etp != 1:
-            raise ValueError(f"etp is {self.etp}; expert tensor parallelism is not built yet, use ep={self.etp} instead")
+            raise ValueError(
+                f"etp is {self.etp}; expert tensor parallelism is not built yet, use ep={self.etp} instead"
+            )
         if self.stage_size % self.ep:
             fits = max(n for n in range(1, self.ep + 1) if self.stage_size % n == 0)
             raise ValueError(
@@ -107,7 +109,11 @@ class MeshConfig:
         return cls(**values)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        sizes = [f"{name}={getattr(self, name)}" for name in ("dp", "fsdp", "tp", "cp", "ep", "etp", "pp") if getattr(self, name) > 1]
+        sizes = [
+            f"{name}={getattr(self, name)}"
+            for name in ("dp", "fsdp", "tp", "cp", "ep", "etp", "pp")
+            if getattr(self, name) > 1
+        ]
         if self.hsdp:
             sizes.insert(0, f"hsdp={self.hsdp}")
         return ",".join([*sizes, f"schedule={self.schedule}"] if self.pp > 1 else sizes) or "one process"
@@ -144,7 +150,9 @@ class Mesh:
         self.config, self.device = config, device
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world != config.world_size:
-            raise ValueError(f"the mesh {config} takes {config.world_size} processes and {world} were started; start {config.world_size}")
+            raise ValueError(
+                f"the mesh {config} takes {config.world_size} processes and {world} were started; start {config.world_size}"
+            )
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         pp, replicate, shard, cp, tp = config.pp, config.replicate, config.shard, config.cp, config.tp
         dense = (pp, replicate, shard, cp, tp)

@@ -65,10 +65,14 @@ def refuse(mesh: MeshConfig, num_layers: int, micro_batches: int) -> None:
         )
     if mesh.schedule in ("interleaved", "zero_bubble") and micro_batches % mesh.pp:
         up = -(-micro_batches // mesh.pp) * mesh.pp
-        raise ValueError(f"schedule {mesh.schedule} takes a multiple of pp={mesh.pp} micro-batches and has {micro_batches}; use {up}")
+        raise ValueError(
+            f"schedule {mesh.schedule} takes a multiple of pp={mesh.pp} micro-batches and has {micro_batches}; use {up}"
+        )
     least = stages if mesh.schedule in V_SHAPED else 1
     if micro_batches < least:
-        raise ValueError(f"schedule {mesh.schedule} needs at least {least} micro-batches and has {micro_batches}; use {least}")
+        raise ValueError(
+            f"schedule {mesh.schedule} needs at least {least} micro-batches and has {micro_batches}; use {least}"
+        )
 
 
 @dataclasses.dataclass
@@ -170,7 +174,9 @@ def example(entries: list[Entry], batch: int, sequence: int, mesh: Mesh, dtype: 
     """Meta tensors of a boundary, from which the wire's buffers are made."""
     shapes = [local_shape(entry, batch, sequence, mesh) for entry in entries]
     dtypes = [torch.promote_types(dtype, entry.dtype or dtype) for entry in entries]
-    return tuple(torch.empty(s, dtype=d, device="meta", requires_grad=True) for s, d in zip(shapes, dtypes, strict=True))
+    return tuple(
+        torch.empty(s, dtype=d, device="meta", requires_grad=True) for s, d in zip(shapes, dtypes, strict=True)
+    )
 
 
 def build_schedule(

@@ -19,7 +19,9 @@ def refuse(config: LMConfig, mesh: MeshConfig) -> None:
         pipeline.refuse(mesh, len(config.expanded), micro_batches=2 * mesh.pp)
     if mesh.cp > 1:
         refuse_heads(model, mesh)
-    if mesh.ep > 1 and not any(axis.name == "experts" for _, _, _, spec in named_specs(model) for axis in spec.axes if isinstance(axis, Axis)):
+    if mesh.ep > 1 and not any(
+        axis.name == "experts" for _, _, _, spec in named_specs(model) for axis in spec.axes if isinstance(axis, Axis)
+    ):
         raise ValueError(f"ep is {mesh.ep} and the model has no experts; use ep=1, or an ffn with experts such as moe")
 
 

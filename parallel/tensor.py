@@ -88,7 +88,9 @@ class _SplitCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         softmax, ids, mine, targets = ctx.saved_tensors
-        one_hot = torch.zeros_like(softmax).scatter_(-1, ids.where(mine, 0)[..., None], mine[..., None].to(softmax.dtype))
+        one_hot = torch.zeros_like(softmax).scatter_(
+            -1, ids.where(mine, 0)[..., None], mine[..., None].to(softmax.dtype)
+        )
         return (softmax - one_hot) * (grad * (targets != IGNORE)[..., None]), None, None
 
 

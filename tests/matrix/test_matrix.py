@@ -54,7 +54,9 @@ COMBINATIONS: dict[str, LMConfig] = {
     "mudd": build(**HYBRID, residual="mudd", values="resformer", depth="skip_middle"),
     "ladder": build(**HYBRID, residual="ladder", norm="post", scaling="rezero", tie_embeddings=True),
     "reversible": build(residual="reversible", depth="skip_middle", ffn="moe"),
-    "one_kv_head": build(mixer={"kind": "attention", "num_heads": 8, "num_kv_heads": 1, "head_dim": 4, "qk_norm": True}),
+    "one_kv_head": build(
+        mixer={"kind": "attention", "num_heads": 8, "num_kv_heads": 1, "head_dim": 4, "qk_norm": True}
+    ),
     "two_kv_heads": build(
         mixer={"kind": "attention", "num_heads": 8, "num_kv_heads": 2, "head_dim": 4, "window": 5}, values="resformer"
     ),
@@ -113,7 +115,10 @@ def random_mesh(generator: random.Random, config: LMConfig) -> MeshConfig:
     while True:
         degrees = {key: generator.choice((1, 1, 2, 4)) for key in ("dp", "fsdp", "tp", "cp", "ep", "pp")}
         try:
-            mesh = MeshConfig(**degrees, schedule=generator.choice(("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")))
+            mesh = MeshConfig(
+                **degrees,
+                schedule=generator.choice(("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")),
+            )
             if 2 <= mesh.world_size <= 8:
                 check.refuse_combination(config, mesh, check.Settings())
                 return mesh
