@@ -116,12 +116,14 @@ class LM(nn.Module):
         positions_BT: Tensor | None = None,
         state: State | None = None,
         cache: dict[str, Cache] | None = None,
+        keep_BK: Tensor | None = None,
     ) -> Output:
         """Run the parts that are present.
 
         tokens_BT, targets_BT (-100: no target), documents_BT (-1: padding), positions_BT (default: the index in the
         row): int64, the whole sequence on every stage and rank. state: from the previous stage. cache: {} to start
-        decoding (with positions_BT), then what the last call returned.
+        decoding (with positions_BT), then what the last call returned. keep_BK: indices of the
+        K tokens of each row whose logits are wanted (default: all).
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
@@ -148,6 +150,8 @@ class LM(nn.Module):
             return Output(losses=losses, stats=stats, state=state)
         h_BTD = self.norm(self.closer(state))
         if targets_BT is None:
+            if keep_BK is not None:
+                h_BTD = h_BTD.take_along_dim(keep_BK[..., None], dim=1)
             return Output(logits=self.head(h_BTD, self.head_weight, None), cache=caches)
         if local.window is not None:
             targets_BT = targets_BT.narrow(1, *local.window)
