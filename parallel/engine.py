@@ -217,7 +217,7 @@ class Engine:
                 batch.tokens, batch.targets, documents_BT=batch.documents, positions_BT=batch.positions
             )
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        if out is not None:
+        if out is not None and out.token_loss is not None and out.count is not None:
             sums = torch.stack([out.token_loss.double(), out.count.double()])
         if dist.is_initialized():
             dist.all_reduce(sums)

@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.ffn.balance import LocalReduce
 from models.ffn.dispatch import LocalDispatch
 from models.ffn.experts import Experts
+from models.ffn.routed import RoutedFFN
 from models.lm import LM
 from parallel.collectives import all_to_all
 from parallel.mesh import Mesh, Ranks
@@ -33,7 +35,7 @@ class AllToAllDispatch(LocalDispatch):
         return back[order.argsort()]
 
 
-class GroupReduce:
+class GroupReduce(LocalReduce):
     """Sums statistics over the ranks of their group."""
 
     def __init__(self, ranks: Ranks) -> None:
@@ -46,8 +48,8 @@ class GroupReduce:
 def parallelize(model: LM, mesh: Mesh) -> None:
     """Give every module that dispatches or reduces statistics the version of this mesh."""
     for module in model.modules():
-        if mesh.ep.size > 1 and hasattr(module, "dispatch"):
+        if not isinstance(module, RoutedFFN):
+            continue
+        if mesh.ep.size > 1:
             module.dispatch = AllToAllDispatch(mesh.ep)
-        if hasattr(module, "stats_group"):
-            ranks = mesh.sequence if module.stats_group == "sequence" else mesh.stage
-            module.reduce = GroupReduce(ranks)  # type: ignore[assignment]
+        module.reduce = GroupReduce(mesh.sequence if module.stats_group == "sequence" else mesh.stage)

@@ -139,6 +139,13 @@ class Ranks:
         return x
 
 
+def subgroup(rows: list[list[int]]) -> dist.ProcessGroup:
+    """This rank's group among `rows`, which all ranks make together."""
+    group, _ = dist.new_subgroups_by_enumeration(rows)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 class Mesh:
     """The groups of one rank.
 
@@ -184,9 +191,8 @@ class Mesh:
         ranks = torch.arange(math.prod(shape)).view(shape)
         rest = [dim for dim in range(len(shape)) if dim not in dims]
         rows = ranks.permute(*rest, *dims).reshape(-1, size).tolist()
-        group, _ = dist.new_subgroups_by_enumeration(rows)
         row = next(row for row in rows if self.rank in row)
-        return Ranks(size, row.index(self.rank), group)
+        return Ranks(size, row.index(self.rank), subgroup(rows))
 
     def pipeline_ranks(self, stages: list[int]) -> Ranks:
         """The pipeline ranks `stages` among those that differ from this rank in pp only; alone if it is not one of them."""
@@ -230,5 +236,4 @@ class Mesh:
         """A real group even for one rank, which DeviceMesh needs."""
         if ranks.group is not None:
             return ranks.group
-        groups, _ = dist.new_subgroups_by_enumeration([[rank] for rank in range(dist.get_world_size())])
-        return groups
+        return subgroup([[rank] for rank in range(dist.get_world_size())])

@@ -1,8 +1,8 @@
 """A pool of gloo processes, started once: spawning and importing torch for every test would cost seconds each.
 
-A task is an importable function; it runs on the first `world` workers inside a process group made for it, and each rank's
-return value comes back. A failure or a missed deadline ends the whole pool, which starts afresh on the next task, so that no
-rank is ever left waiting. Workers end with their parent.
+A task is an importable function; it runs on the first `world` workers inside a process group made for it, and each
+rank's return value comes back. A failure or a missed deadline ends the whole pool, which starts afresh on the next
+task, so that no rank is ever left waiting. Workers end with their parent.
 """
 
 import logging
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.tensor import debug
 
 
@@ -46,7 +47,7 @@ def work(connection: Connection) -> None:
         function, args, rank, world, port, name, environment = task
         os.environ.update(environment)
         try:
-            store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False))
+            store = PrefixStore(name, TCPStore("127.0.0.1", port, is_master=False))
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
             try:
                 answer = (True, function(*args))
@@ -65,7 +66,7 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._workers: list[tuple[Any, Connection]] = []
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._tasks = 0
 
     def __enter__(self) -> "Pool":
@@ -115,7 +116,7 @@ class Pool:
     def _start(self, world: int) -> None:
         """Have at least `world` workers. They are forked from a server that has imported torch already."""
         if self._store is None:
-            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["parallel.check"])
         while len(self._workers) < world:

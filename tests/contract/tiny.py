@@ -43,8 +43,8 @@ def plain(slot: str, kind: str) -> dict[str, Any]:
 
 
 def build(num_layers: int = 4, **fields: Any) -> LMConfig:
-    """A model of `num_layers` attention and SwiGLU layers, with `fields` (slots by kind name or plain config) in place."""
-    layer = {"mixer": plain("mixer", "attention"), "ffn": plain("ffn", "swiglu")}
+    """Attention and SwiGLU layers, with `fields` (slots by kind name or plain config) in place."""
+    layer: dict[str, Any] = {"mixer": plain("mixer", "attention"), "ffn": plain("ffn", "swiglu")}
     data: dict[str, Any] = {"vocab_size": 32, "d_model": 16, "pattern": "A", "repeat": num_layers}
     for name, value in fields.items():
         value = plain(name, value) if isinstance(value, str) and name in {slot.slot for slot in SLOTS} else value
@@ -53,7 +53,8 @@ def build(num_layers: int = 4, **fields: Any) -> LMConfig:
 
 
 def of_kind(slot: str, kind: str) -> LMConfig:
-    return build(**{slot: kind})
+    fields: dict[str, Any] = {slot: kind}
+    return build(**fields)
 
 
 def draw(seed: int) -> LMConfig:

@@ -1,7 +1,8 @@
-"""The matrix: on every mesh, a step equals one process's: loss, every gradient, statistics, and the updated parameters."""
+"""The matrix: on every mesh a step equals one process's: loss, every gradient, statistics, updated parameters."""
 
 import os
 import random
+from typing import Any
 
 import pytest
 
@@ -113,7 +114,9 @@ def test_other_batches(settings: check.Settings, pool: Pool) -> None:
 def random_mesh(generator: random.Random, config: LMConfig) -> MeshConfig:
     """A mesh of 2 to 8 ranks that the config is not refused on."""
     while True:
-        degrees = {key: generator.choice((1, 1, 2, 4)) for key in ("dp", "fsdp", "tp", "cp", "ep", "pp")}
+        degrees: dict[str, Any] = {
+            key: generator.choice((1, 1, 2, 4)) for key in ("dp", "fsdp", "tp", "cp", "ep", "pp")
+        }
         try:
             mesh = MeshConfig(
                 **degrees,
