@@ -119,7 +119,7 @@ def validate_leaf(annotation: Any, data: Any, path: str) -> Any:
 def instead(cls: Any, field: dataclasses.Field[Any]) -> str:
     """What else the field may hold."""
     if not required(field):
-        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = default_of(field)
         return f"; the default of {field.name} is {shown(list(value) if isinstance(value, tuple) else value)}"
     example = getattr(cls, "example", {})
     return f", such as {shown(example[field.name])}" if field.name in example else ""
@@ -154,6 +154,10 @@ def mapping(annotation: Any, data: Any, path: str) -> dict[str, Any]:
 
 def required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def allows_none(annotation: Any) -> bool:

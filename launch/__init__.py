@@ -1,0 +1,1 @@
+"""How a run is started: the command line `weft`, and the processes of one machine."""

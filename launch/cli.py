@@ -1,0 +1,76 @@
+"""`weft`: the command line. Every command is a file of `launch/commands/`.
+
+What a user did wrong is one sentence on stderr and exit code 2; with WEFT_TRACEBACK=1 also where it was found.
+"""
+
+import importlib
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+
+from configs.errors import did_you_mean
+from launch import commands
+from launch.command import Command, Parser, UsageError
+
+Commands = Mapping[str, "Command | Commands"]
+
+
+def find_commands() -> Commands:
+    """By name, in alphabetical order."""
+    names = sorted(info.name for info in pkgutil.iter_modules(commands.__path__))
+    return {name: importlib.import_module(f"{commands.__name__}.{name}").COMMAND for name in names}
+
+
+def overview(prog: str, known: Commands) -> str:
+    """The commands with a line each."""
+    lines = [f"usage: {prog} COMMAND ...", ""]
+    for name, command in known.items():
+        parts = {name: command} if isinstance(command, Command) else {f"{name} {k}": c for k, c in command.items()}
+        lines += [f"  {part:16} {c.help if isinstance(c, Command) else ''}".rstrip() for part, c in parts.items()]
+    return "\n".join([*lines, "", f"{prog} COMMAND --help tells more about one."])
+
+
+def dispatch(prog: str, known: Commands, arguments: Sequence[str]) -> int:
+    """Run the command that the first of `arguments` names."""
+    if not arguments:
+        raise UsageError(f"no command given; the commands are {', '.join(known)}; see {prog} --help")
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-h", "--help"):
+        print(overview(prog, known))
+        return 0
+    if name not in known:
+        raise UsageError(
+            f"unknown command '{prog} {name}'; {did_you_mean(name, known)}the commands are {', '.join(known)}"
+        )
+    command = known[name]
+    if not isinstance(command, Command):
+        return dispatch(f"{prog} {name}", command, rest)
+    parser = Parser(prog=f"{prog} {name}", description=command.help, allow_abbrev=False)
+    command.add_arguments(parser)
+    return command.run(parser.parse_intermixed_args(rest))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `weft` with these arguments (default: the process's) and return the exit code."""
+    try:
+        return dispatch("weft", find_commands(), sys.argv[1:] if arguments is None else arguments)
+    except BrokenPipeError:
+        # Whoever reads the output has seen enough; what is left in the buffer must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("WEFT_TRACEBACK") == "1":
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        who = "weft" if rank == "0" else f"weft (rank {rank})"
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("weft: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""`weft generate`: text from a run's newest checkpoint."""
+
+import argparse
+from pathlib import Path
+
+from launch.command import Command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this share")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from launch.runs import newest_checkpoint
+    from models.lm import LM
+    from trainer.generate import generate
+    from trainer.tokenizer import Tokenizer
+
+    config, content, _ = newest_checkpoint(Path(args.run))
+    if config.data.tokenizer is None:
+        raise ValueError(
+            f"the run {args.run} names no data.tokenizer, so its tokens cannot become text; train one that does"
+        )
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    with torch.device("meta"):
+        model = LM(config.model)
+    model.load_state_dict(dict(content.model), assign=True)
+    # A text without a beginning begins where a document has ended.
+    prompts = [tokenizer.encode(text) or [tokenizer.end_of_document] for text in args.prompts]
+    new = generate(
+        model,
+        prompts,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        eos_id=tokenizer.end_of_document,
+    )
+    for text, tokens in zip(args.prompts, new, strict=True):
+        print(text + tokenizer.decode(tokens))
+    return 0
+
+
+COMMAND = Command("continue a text with a run's newest checkpoint", add_arguments, run)
