@@ -110,3 +110,7 @@ class TrainingData:
         """One data rank's part of the step that takes samples start..start+count-1."""
         samples = np.array(share(start, count, data_rank, data_size, micro_batch), dtype=np.int64)
         return self.sequences.rows(slots(samples, self.sequences.full, self.seed).tolist())
+
+
+def on_device(batch: Batch, device: str) -> Batch:
+    return Batch(**{name: x.to(device, non_blocking=True) for name, x in batch.side().items()})

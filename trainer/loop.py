@@ -1,0 +1,126 @@
+"""The training loop, from the config to the last checkpoint."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from models.lm import LM
+from parallel.mesh import Mesh
+from trainer import metrics
+from trainer.checkpoint import RunState
+from trainer.config import RunConfig
+from trainer.data import Sequences, TrainingData, on_device
+from trainer.evaluate import evaluate
+from trainer.metrics import StepMetrics
+from trainer.optim import AdamW
+from trainer.prepare import read_manifest
+from trainer.process import build_engine
+from trainer.resume import on_main, resume, save
+from trainer.runfolder import refuse_lost, retire, write_config
+from trainer.schedule import factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What one launch of a run is told, beside the run's config.
+
+    stop_after: save and end after this step, to be resumed later. fresh: move what the run's folder holds aside, and
+    start at step 0.
+    """
+
+    stop_after: int | None = None
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stop_after is not None and self.stop_after < 1:
+            raise ValueError(f"stop_after is {self.stop_after}; it must be at least 1")
+
+
+def train(config: RunConfig, mesh: Mesh, launch: Launch | None = None, console: Console | None = None) -> RunState:
+    """Run, or resume, `config` on all ranks of `mesh`; returns where it ended.
+
+    console: where rank 0 prints. Raises ValueError for what does not fit together, and FloatingPointError, on all ranks
+    and before the weights are changed, at a loss or gradient that is not finite.
+    """
+    launch, console = launch or Launch(), console or Console()
+    folder, size = Path(config.run.dir), config.train.global_batch
+    data = TrainingData(config.data.train, config.data.sequence_length, config.run.seed)
+    held_out = Sequences(config.data.valid, config.data.sequence_length) if config.data.valid else None
+    refuse_vocabulary(config)
+
+    engine = build_engine(config, mesh)
+    optimizer = AdamW(engine, config.optim)
+    if launch.fresh:
+        on_main(mesh.is_main, lambda: retire(folder))
+    state = resume(config, engine, optimizer, lambda sentence: console.print(f"warning: {sentence}", soft_wrap=True))
+    if not state.step:
+        on_main(mesh.is_main, lambda: refuse_lost(folder))
+    on_main(mesh.is_main, lambda: write_config(folder, config))
+
+    last = min(config.train.steps, launch.stop_after or config.train.steps)
+    with metrics.opened(folder, state.step, last, console if mesh.is_main else None) as log:
+        log.say(opening(config, mesh, state, last))
+        while state.step < last:
+            began = time.perf_counter()
+            batch = data.batch(state.samples, size, mesh.data_rank, mesh.data_size, config.train.micro_batch)
+            out = engine.step_gradients(on_device(batch, mesh.device), config.micro_batches)
+            loss, norm = float(out.loss), engine.grad_norm()
+            # Both are sums over all ranks, so that all ranks stop or none does.
+            if not math.isfinite(loss) or not math.isfinite(float(norm)):
+                raise FloatingPointError(not_finite(state.step + 1, loss, float(norm)))
+            if config.optim.clip is not None:
+                engine.clip(config.optim.clip, norm)
+            lr = config.optim.lr * factor(state.step, config.train.steps, config.schedule)
+            optimizer.step(lr)
+            engine.after_step(out.stats)
+            state = state.after(size, out.tokens)
+
+            speed = out.tokens / (time.perf_counter() - began)
+            losses = {name: float(value) for name, value in out.losses.items()}
+            step = StepMetrics(state.step, loss, float(norm), lr, state.tokens, speed, losses)
+            log.step(step, write=due(state.step, config.train.log_every) or state.step == last)
+            if held_out is not None and due(state.step, config.train.eval_every):
+                rows = config.train.eval_batches * size
+                result = evaluate(engine, held_out, config.train.micro_batch, rows)
+                log.record(state.step, {"valid/loss": result.loss, "valid/perplexity": result.perplexity})
+                log.say(f"step {state.step}, held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
+            if due(state.step, config.train.save_every) or state.step == last:
+                log.say(f"saved {save(config, engine, optimizer, state)}")
+    return state
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def not_finite(step: int, loss: float, norm: float) -> str:
+    return (
+        f"step {step} has loss {loss} and gradient norm {norm}; the run stopped before the weights took it up, "
+        "and its checkpoints are as they were: resume with a smaller optim.lr, or look at the data of this step"
+    )
+
+
+def opening(config: RunConfig, mesh: Mesh, state: RunState, last: int) -> str:
+    """One line on what is about to run."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in LM(config.model).parameters())
+    begin = f"resuming after step {state.step}" if state.step else "starting"
+    return f"{begin}: {parameters / 1e6:.1f}M parameters, {mesh.config}, to step {last}, in {config.run.dir}"
+
+
+def refuse_vocabulary(config: RunConfig) -> None:
+    """Raise ValueError when the model's vocabulary is smaller than the data's, or the data's are not one."""
+    manifests = [read_manifest(prefix) for prefix in (config.data.train, config.data.valid) if prefix]
+    tokenizers = [manifest["tokenizer"] for manifest in manifests if manifest]
+    for tokenizer in tokenizers:
+        if tokenizer["vocab_size"] > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size is {config.model.vocab_size} and the data's tokenizer has {tokenizer['vocab_size']} "
+                f"pieces; use at least {tokenizer['vocab_size']}"
+            )
+        if tokenizer["sha256"] != tokenizers[0]["sha256"]:
+            raise ValueError("data.train and data.valid were made with different tokenizers; prepare them with one")

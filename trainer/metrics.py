@@ -1,0 +1,133 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard, and a progress line. Rank 0 writes; the others keep silent."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+EVENTS = "tensorboard"
+# Seconds between lines where the output is not a terminal, whose progress line would fill a file.
+QUIET = 15.0
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """One optimiser step. tokens: targets seen by the run so far. losses: those beside the cross-entropy."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_per_second: float
+    losses: Mapping[str, float]
+
+    def flat(self) -> dict[str, float]:
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**{name: own[name] for name in own if name not in ("step", "losses")}, **self.losses}
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}  loss {self.loss:.4f}  grad {self.grad_norm:.2f}  lr {self.lr:.2e}  "
+            f"{self.tokens_per_second:,.0f} tokens/s"
+        )
+
+
+class Silent:
+    """The interface, and what ranks other than 0 do."""
+
+    def say(self, sentence: str) -> None:
+        """Print a line above the progress line."""
+
+    def step(self, metrics: StepMetrics, write: bool) -> None:
+        """Move the progress line on; with `write`, record the step."""
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values of other kinds, such as of an evaluation, by "group/name"."""
+
+
+class Log(Silent):
+    """Records go to `folder`; see `opened`."""
+
+    def __init__(self, folder: Path, start: int, steps: int, console: Console) -> None:
+        # Imported here, because it takes a second, which the other ranks need not wait.
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        drop_after(folder / METRICS, start)
+        self._console, self._steps, self._said = console, steps, time.monotonic()
+        self._began = (self._said, start)
+        self._jsonl = (folder / METRICS).open("a", encoding="utf-8", buffering=1)
+        # The events of steps that a crashed run took after its last checkpoint are hidden.
+        self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console
+        )
+        self._task = self._progress.add_task(f"step {start}", total=steps, completed=start)
+        if console.is_terminal:
+            self._progress.start()
+
+    def say(self, sentence: str) -> None:
+        self._console.print(sentence, highlight=False, soft_wrap=True)
+
+    def step(self, metrics: StepMetrics, write: bool) -> None:
+        self._progress.update(self._task, completed=metrics.step, description=str(metrics))
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._said >= QUIET or metrics.step == self._steps):
+            began, start = self._began
+            left = (now - began) / (metrics.step - start) * (self._steps - metrics.step)
+            self.say(f"{metrics} of {self._steps}, {left:.0f} s left".replace("  ", ", "))
+            self._said = now
+        if write:
+            self._write(metrics.step, {f"train/{name}": value for name, value in metrics.flat().items()})
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        self._write(step, values)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._progress.stop()
+        self._jsonl.close()
+        self._events.close()
+
+
+@contextlib.contextmanager
+def opened(folder: Path, start: int, steps: int, console: Console | None) -> Iterator[Silent]:
+    """The log of a run that goes from step `start` to `steps`; without a console, a silent one."""
+    if console is None:
+        yield Silent()
+        return
+    log = Log(folder, start, steps, console)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def drop_after(file: Path, step: int) -> None:
+    """Drop the records of later steps, which will be taken again, and a last line that was cut off."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    staging = file.with_name(file.name + ".partial")
+    staging.write_text("".join(kept), encoding="utf-8")
+    staging.replace(file)
+
+
+def read(folder: Path) -> list[dict[str, float]]:
+    """All records of a run, in order."""
+    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,34 @@
+"""`python -m trainer.train CONFIG [key=value ...]`, alone or under torchrun: train, or resume, the run of a config."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from configs.load import load
+from configs.validate import parse
+from trainer.config import RunConfig
+from trainer.loop import Launch, train
+from trainer.process import joined
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.train", description="Train, or resume, a run.")
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", help="such as train.steps=100")
+    parser.add_argument("--stop-after", type=int, help="save and end after this step")
+    parser.add_argument("--fresh", action="store_true", help="move aside what the run's folder holds, and start anew")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        config = parse(RunConfig, load(args.config, args.overrides))
+        with joined(config.mesh) as mesh:
+            train(config, mesh, Launch(args.stop_after, args.fresh))
+    except (ValueError, FloatingPointError) as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
