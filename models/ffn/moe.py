@@ -4,6 +4,7 @@ Shape suffixes: B batch, T sequence, N = B*T tokens, D model width, E experts, K
 """
 
 import dataclasses
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -39,6 +40,8 @@ class MoEConfig(FFNConfig, kind="moe"):
     z_coef: float = 0.0
     balance_rate: float = 0.0
     stats_group: StatsGroup = "sequence"
+
+    example = MappingProxyType({"num_experts": 4, "top_k": 2, "hidden": 8, "shared_hidden": 8, "balance_rate": 0.001})
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:

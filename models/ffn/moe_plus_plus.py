@@ -6,6 +6,7 @@ K picks, P picks of FFN experts.
 
 import dataclasses
 from collections.abc import Callable
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,8 @@ class MoEPlusPlusConfig(FFNConfig, kind="moe_plus_plus"):
     tau: float = 0.75
     aux_coef: float = 0.01
     stats_group: StatsGroup = "sequence"
+
+    example = MappingProxyType({"num_experts": 4, "hidden": 8})
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "hidden"):
