@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.buffers import reset_buffers
 from models.config import LMConfig
-from models.lm import LM
+from models.lm import LM, Output
 from models.loss import IGNORE
 from models.params import ParamSpec
 from parallel import context, data, expert, gradients, pipeline, tensor
@@ -145,15 +145,18 @@ class Engine:
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(index == micro_batches - 1)
             side = {name: parts[index] for name, parts in chunks.items()}
-            out = model(
-                side["tokens"],
-                side["targets"],
-                documents_BT=side.get("documents"),
-                positions_BT=side.get("positions"),
-            )
+            out = self._forward(side)
             (out.loss * scale).backward()
             record.add(out)
         return record
+
+    def _forward(self, side: dict[str, Tensor]) -> Output:
+        return self.models[0](
+            side["tokens"],
+            side["targets"],
+            documents_BT=side.get("documents"),
+            positions_BT=side.get("positions"),
+        )
 
     def _pipelined(self, batch: Batch, micro_batches: int, scale: float) -> pipeline.Record:
         sequences, length = batch.tokens.shape
@@ -211,14 +214,13 @@ class Engine:
         """(cross-entropy sum, valid targets) of the batches of all data ranks; equal on all ranks."""
         batch = pad(batch, self.mesh.sequence.size)
         if self.stages:
-            out = pipeline.relay(self.stages, self.mesh, batch.side(), self.dtype)
+            record = pipeline.relay(self.stages, self.mesh, batch.side(), self.dtype)
         else:
-            out = self.models[0](
-                batch.tokens, batch.targets, documents_BT=batch.documents, positions_BT=batch.positions
-            )
+            record = pipeline.Record()
+            record.add(self._forward(batch.side()))
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        if out is not None and out.token_loss is not None and out.count is not None:
-            sums = torch.stack([out.token_loss.double(), out.count.double()])
+        for loss, count in zip(record.token_loss, record.count, strict=True):
+            sums += torch.stack([loss.double(), count.double()])
         if dist.is_initialized():
             dist.all_reduce(sums)
         return float(sums[0]), int(sums[1])

@@ -4,6 +4,7 @@ Token ids, targets, document ids and positions are keyword arguments that every 
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def owner(stage: int, mesh: MeshConfig) -> int:
 def cuts(num_layers: int, stages: int) -> list[tuple[int, int]]:
     """Layers start..stop-1 of each stage, as even as can be."""
     edges = [round(i * num_layers / stages) for i in range(stages + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def refuse(mesh: MeshConfig, num_layers: int, micro_batches: int) -> None:
@@ -105,19 +106,16 @@ class Stage(nn.Module):
         self.scale = 1.0
         self.record = Record()
 
-    def run(self, tensors: tuple[Tensor, ...], side: dict[str, Tensor]) -> Output:
+    def forward(self, *tensors: Tensor, **side: Tensor) -> Tensor | tuple[Tensor, ...]:
         names = [entry.name for entry in self.entries_in]
-        state = dict(zip(names, tensors, strict=True)) if self.model.embed is None else None
-        return self.model(
+        received = [_Received.apply(x) for x in tensors]
+        out = self.model(
             side["tokens"],
             side["targets"],
             documents_BT=side.get("documents"),
             positions_BT=side.get("positions"),
-            state=state,
+            state=dict(zip(names, received, strict=True)) if names else None,
         )
-
-    def forward(self, *tensors: Tensor, **side: Tensor) -> Tensor | tuple[Tensor, ...]:
-        out = self.run(tuple(_Received.apply(x) for x in tensors), side)
         self.record.add(out)
         if out.state is None:
             assert out.loss is not None
@@ -207,34 +205,28 @@ def build_schedule(
 
 
 @torch.no_grad()
-def relay(mine: list[Stage], mesh: Mesh, side: dict[str, Tensor], dtype: torch.dtype) -> Output | None:
+def relay(mine: list[Stage], mesh: Mesh, side: dict[str, Tensor], dtype: torch.dtype) -> Record:
     """Forward through all stages in order, for evaluation (`schedule.eval` fails on V schedules).
 
-    Returns the output on the rank of the last stage, None elsewhere.
+    Returns what this rank's stages recorded: the loss is there on the rank of the last one.
     """
     batch, sequence = side["tokens"].shape
-    local = dict(zip(stage_indices(mesh), mine, strict=True))
-    out, sent = None, []
-    for index in range(num_stages(mesh.config)):
-        if index not in local:
-            continue
-        stage = local[index]
-        inputs: tuple[Tensor, ...] = ()
-        if index > 0:
-            source = owner(index - 1, mesh.config)
-            if source == mesh.pp.index:
-                assert out is not None and out.state is not None
-                inputs = tuple(out.state[entry.name] for entry in stage.entries_in)
-            else:
-                meta = example(stage.entries_in, batch, sequence, mesh, dtype)
-                inputs = tuple(torch.empty(m.shape, dtype=m.dtype, device=mesh.device) for m in meta)
-                for x in inputs:
-                    dist.recv(x, group=mesh.pp.group, group_src=source)
-        out = stage.run(inputs, side)
-        if out.state is not None and owner(index + 1, mesh.config) != mesh.pp.index:
-            for entry in stage.entries_out:
-                x = out.state[entry.name].contiguous()
-                sent.append((dist.isend(x, group=mesh.pp.group, group_dst=owner(index + 1, mesh.config)), x))
+    record = Record()
+    sent = []
+    carried: tuple[Tensor, ...] = ()
+    for index, stage in zip(stage_indices(mesh), mine, strict=True):
+        stage.record = record
+        source, target = owner(index - 1, mesh.config), owner(index + 1, mesh.config)
+        if index > 0 and source != mesh.pp.index:
+            meta = example(stage.entries_in, batch, sequence, mesh, dtype)
+            carried = tuple(torch.empty(m.shape, dtype=m.dtype, device=mesh.device) for m in meta)
+            for x in carried:
+                dist.recv(x, group=mesh.pp.group, group_src=source)
+        out = stage(*carried, **side)
+        carried = out if isinstance(out, tuple) else ()
+        if carried and target != mesh.pp.index:
+            sent += [(dist.isend(x, group=mesh.pp.group, group_dst=target), x) for x in carried]
     for work, _ in sent:
+        assert work is not None
         work.wait()
-    return out if out is not None and out.state is None else None
+    return record

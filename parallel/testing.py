@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.tensor import debug
 
 
@@ -50,13 +50,15 @@ def work(connection: Connection) -> None:
             store = PrefixStore(name, TCPStore("127.0.0.1", port, is_master=False))
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
             try:
-                answer = (True, function(*args))
+                answer = (0.0, function(*args))
+            except Exception:
+                answer = (time.monotonic(), f"rank {rank} of {world}:\n{traceback.format_exc()}")
             finally:
                 dist.destroy_process_group()
                 # DTensor's cache would hand the next task meshes whose groups are gone.
                 debug._clear_sharding_prop_cache()
         except Exception:
-            answer = (False, f"rank {rank} of {world}:\n{traceback.format_exc()}")
+            answer = (time.monotonic(), f"rank {rank} of {world}:\n{traceback.format_exc()}")
         connection.send(answer)
 
 
@@ -94,9 +96,12 @@ class Pool:
     def _collect(self, world: int, timeout: float) -> list[Any]:
         deadline = time.monotonic() + timeout
         results: dict[int, Any] = {}
+        failures: list[tuple[float, str]] = []
         waiting = {self._workers[rank][1]: rank for rank in range(world)}
         while waiting:
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready and failures:
+                break
             if not ready:
                 self.close()
                 raise TimeoutError(f"ranks {sorted(waiting.values())} of {world} did not answer within {timeout:.0f} s")
@@ -104,13 +109,17 @@ class Pool:
                 assert isinstance(connection, Connection)
                 rank = waiting.pop(connection)
                 try:
-                    good, answer = connection.recv()
+                    failed, answer = connection.recv()
                 except EOFError:
-                    good, answer = False, f"rank {rank} of {world} died without a word"
-                if not good:
-                    self.close()
-                    raise RankError(answer)
+                    failed, answer = time.monotonic(), f"rank {rank} of {world} died without a word"
                 results[rank] = answer
+                if failed:
+                    failures.append((failed, answer))
+                    # The others fail next, because this one left: give them a moment, and report who was first.
+                    deadline = min(deadline, time.monotonic() + 1.0)
+        if failures:
+            self.close()
+            raise RankError(min(failures)[1])
         return [results[rank] for rank in range(world)]
 
     def _start(self, world: int) -> None:

@@ -1,0 +1,90 @@
+"""Meshes: parsing, numbering, and what is refused with which way out."""
+
+import pytest
+
+from models.config import LMConfig
+from parallel.check import Settings, refuse_combination
+from parallel.mesh import Mesh, MeshConfig
+from parallel.testing import Pool
+from tests.contract.tiny import build
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tpp=2", "mesh has no key 'tpp'; did you mean tp?"),
+        ("tp=two", "mesh has tp='two'; it takes a whole number, such as tp=2"),
+        ("tp", "mesh has tp=''; it takes a whole number"),
+        ("tp=0", "tp is 0; it must be at least 1"),
+        ("tp=2,tp=2", "mesh gives tp twice"),
+        ("hsdp=2", "hsdp is '2'; write replicas x shards, such as 2x2"),
+        ("hsdp=0x2", "hsdp is '0x2'; write replicas x shards"),
+        ("hsdp=2x2,dp=2", "hsdp=2x2 already says dp and fsdp"),
+        ("pp=2,schedule=zvb", "schedule is 'zvb'; did you mean zbv?"),
+        ("schedule=zbv", "schedule=zbv needs pipeline ranks; add pp=2"),
+        ("etp=2", "etp is 2; expert tensor parallelism is not built yet, use ep=2 instead"),
+        ("dp=2,ep=4", "ep is 4, which must divide dp x fsdp x cp x tp = 2, whose ranks it borrows; use ep=2, or dp=4"),
+    ],
+)
+def test_refused_meshes(text: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        MeshConfig.parse(text)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "config", "message"),
+    [
+        ("tp=16", build(), "tp is 16, which does not divide the 8 heads of"),
+        ("tp=3", build(vocab_size=33), "use tp=2, or 9 heads"),
+        ("tp=2", build(vocab_size=33), "tp is 2, which does not divide the 33 vocab of embed.weight; use tp=1, or 34 vocab"),
+        ("cp=16", build(), "cp=16 with tp=1 needs 16 to divide the 8 heads of"),
+        ("ep=2", build(), "ep is 2 and the model has no experts; use ep=1"),
+        ("ep=8", build(ffn="moe"), "ep is 8, which does not divide the 4 experts of"),
+        ("pp=8", build(), "pp=8 makes 8 stages and the model has 4 layers; use pp=4"),
+        ("pp=4,schedule=zbv", build(), "pp=4 makes 8 stages (two per rank under zbv) and the model has 4 layers; use pp=2"),
+    ],
+)
+def test_refused_combinations(text: str, config: LMConfig, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        refuse_combination(config, MeshConfig.parse(text), Settings())
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "micro_batches", "message"),
+    [("interleaved", 3, "takes a multiple of pp=2 micro-batches and has 3; use 4"), ("zbv", 2, "needs at least 4")],
+)
+def test_too_few_micro_batches(schedule: str, micro_batches: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        refuse_combination(build(), MeshConfig(pp=2, schedule=schedule), Settings(micro_batches=micro_batches))
+
+
+def test_expert_ranks_bring_data_ranks_when_nothing_else_does() -> None:
+    assert MeshConfig.parse("ep=4").world_size == 4
+    assert MeshConfig.parse("ep=4,tp=2") == MeshConfig(dp=2, tp=2, ep=4)
+    assert MeshConfig.parse("ep=2,tp=2").world_size == 2
+    assert MeshConfig.parse(" tp=2 , pp=2 ") == MeshConfig(tp=2, pp=2)
+
+
+def numbering(config: MeshConfig) -> dict[str, tuple[int, int]]:
+    mesh = Mesh(config)
+    names = ("pp", "data", "cp", "tp", "ep", "expert_data", "sequence", "stage")
+    return {name: (ranks.index, ranks.size) for name in names if (ranks := getattr(mesh, name))} | {
+        "share": (mesh.data_rank, mesh.data_size)
+    }
+
+
+def test_numbering(pool: Pool) -> None:
+    """Ranks (pp, replicate, shard, cp, tp), tp fastest; experts (expert data, ep) within a stage, ep fastest."""
+    answers = pool.run(numbering, 8, MeshConfig(fsdp=2, tp=2, pp=2, ep=4))
+    assert [a["pp"][0] for a in answers] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [a["share"] for a in answers] == [(0, 2), (0, 2), (1, 2), (1, 2)] * 2
+    assert [a["tp"] for a in answers] == [(0, 2), (1, 2)] * 4
+    assert [a["ep"] for a in answers] == [(0, 4), (1, 4), (2, 4), (3, 4)] * 2
+    assert all(a["expert_data"] == (0, 1) and a["stage"][1] == 4 for a in answers)
+
+
+def test_world_size_must_fit() -> None:
+    with pytest.raises(ValueError, match="the mesh tp=2 takes 2 processes and 1 were started; start 2"):
+        Mesh(MeshConfig(tp=2))
