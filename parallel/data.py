@@ -42,3 +42,13 @@ def parallelize(root: nn.Module, model: LM, mesh: Mesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(root: nn.Module) -> None:
+    """Free the whole parameters that a forward pass without a backward pass leaves in the outermost unit.
+
+    Until then its parameters are not those that gradients and the optimiser know.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

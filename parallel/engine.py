@@ -218,6 +218,8 @@ class Engine:
         else:
             record = pipeline.Record()
             record.add(self._forward(batch.side()))
+        for root in self.stages or self.models:
+            data.reshard(root)
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for loss, count in zip(record.token_loss, record.count, strict=True):
             sums += torch.stack([loss.double(), count.double()])
