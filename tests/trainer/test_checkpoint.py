@@ -1,0 +1,85 @@
+"""Checkpoints: whole or not there, verified when read, and never the last good one deleted."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoint, RunState, damage, newest, read, steps, write
+
+
+def content(step: int) -> Checkpoint:
+    tensors = {"layers.0.w": torch.full((3, 2), float(step)), "b": torch.tensor([step])}
+    return Checkpoint(RunState(step, 4 * step, 96 * step), {"train": {"steps": 9}}, tensors, {"steps": torch.ones(1)})
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    found = read(write(tmp_path, content(3), keep=1))
+    assert found.state == content(3).state and found.config == content(3).config
+    assert torch.equal(found.model["layers.0.w"], content(3).model["layers.0.w"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "changed"])
+def test_damage_is_seen_and_an_older_one_taken(tmp_path: Path, name: str, how: str) -> None:
+    older, newer = write(tmp_path, content(1), keep=2), write(tmp_path, content(2), keep=2)
+    data = bytearray((newer / name).read_bytes())
+    if how == "missing":
+        (newer / name).unlink()
+    elif how == "truncated":
+        (newer / name).write_bytes(data[:-3])
+    else:
+        data[len(data) // 2] ^= 1
+        (newer / name).write_bytes(data)
+    assert damage(newer) is not None and damage(older) is None
+    warnings: list[str] = []
+    assert newest(tmp_path, warnings.append) == older
+    assert len(warnings) == 1 and "falling back" in warnings[0]
+
+
+def test_only_older_ones_are_pruned(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, content(step), keep=2)
+    assert list(steps(tmp_path)) == [3, 4]
+
+
+def test_damaged_newer_ones_do_not_push_out_good_ones(tmp_path: Path) -> None:
+    """After a fallback from 8 to 4, saving 6 keeps 4 and 6, and saving 8 replaces the damaged 8."""
+    for step in (4, 8):
+        write(tmp_path, content(step), keep=2)
+    (tmp_path / "step-00000008" / "state.json").unlink()
+    write(tmp_path, content(6), keep=2)
+    assert list(steps(tmp_path)) == [4, 6, 8]
+    write(tmp_path, content(8), keep=2)
+    assert list(steps(tmp_path)) == [6, 8] and damage(tmp_path / "step-00000008") is None
+
+
+@pytest.mark.parametrize("call", ["save_file", "fsync", "rename"])
+def test_a_crash_while_saving_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Whatever stops a save before its end, the older checkpoint is there, and the next save works."""
+    write(tmp_path, content(1), keep=1)
+
+    def crash(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        owner = {"save_file": checkpoint, "fsync": os, "rename": Path}[call]
+        patch.setattr(owner, call, crash)
+        with pytest.raises(OSError, match="no space"):
+            write(tmp_path, content(2), keep=1)
+    assert newest(tmp_path, pytest.fail) == tmp_path / "step-00000001"
+    write(tmp_path, content(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_none_is_not_damaged(tmp_path: Path) -> None:
+    assert newest(tmp_path, pytest.fail) is None
+    assert newest(tmp_path / "nowhere", pytest.fail) is None
+    write(tmp_path, content(1), keep=1)
+    shutil.rmtree(tmp_path / "step-00000001")
+    (tmp_path / "step-00000001").mkdir()
+    with pytest.raises(ValueError, match="all 1 checkpoints"):
+        newest(tmp_path, lambda _: None)

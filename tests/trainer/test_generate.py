@@ -1,0 +1,120 @@
+"""Generation with caches equals the forward pass step by step, for every kind."""
+
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import torch
+
+from models.decoding import check_generates, refusals
+from models.ffn.swiglu import SwiGLUConfig
+from models.lm import LM
+from models.mixers.attention import AttentionConfig
+from models.params import initialize
+from tests.contract import tiny
+from trainer.generate import choose, generate, row_generator
+
+PROMPTS = [[3, 7, 1, 9, 4], [5, 2], [8, 8, 6, 1]]
+
+
+def spread(config) -> LM:
+    model = LM(config).double()
+    initialize(model, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model
+
+
+@torch.no_grad()
+def stepwise(model: LM, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+CONFIGS = {f"{slot}-{kind}": tiny.of_kind(slot, kind) for slot, kind in tiny.every_kind()}
+CONFIGS |= {f"drawn-{seed}": tiny.draw(seed) for seed in range(4)}
+
+
+@pytest.mark.parametrize("case", [case for case, config in CONFIGS.items() if not any(refusals(config))])
+def test_prompts_of_different_lengths(case: str) -> None:
+    model = spread(CONFIGS[case]).eval()
+    assert generate(model, PROMPTS, 5) == [stepwise(model, prompt, 5) for prompt in PROMPTS]
+
+
+def test_it_ends_at_eos() -> None:
+    model = spread(tiny.build())
+    full = generate(model, PROMPTS, 6)
+    eos = full[0][2]
+    expected = [tokens[: tokens.index(eos)] if eos in tokens else tokens for tokens in full]
+    assert generate(model, PROMPTS, 6, eos_id=eos) == expected
+    assert generate(model, [], 6) == []
+    assert generate(model, PROMPTS, 0) == [[], [], []]
+    assert model.training
+
+
+def test_samples_depend_on_seed_and_place_alone() -> None:
+    model = spread(tiny.build(mixer="gated_deltanet"))
+    together = generate(model, PROMPTS, 6, temperature=1.0, seed=3)
+    assert generate(model, PROMPTS[:1], 6, temperature=1.0, seed=3) == together[:1]
+    assert generate(model, PROMPTS, 6, temperature=1.0, seed=4) != together
+
+
+def test_top_p_keeps_the_likeliest() -> None:
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+    generators = [row_generator(0, 0)]
+    seen = {int(choose(logits, 1.0, 0.7, generators)) for _ in range(60)}
+    assert seen == {1, 3}
+    seen = [int(choose(logits, 1.0, 1.0, generators)) for _ in range(2000)]
+    share = [seen.count(token) / len(seen) for token in range(4)]
+    assert share == pytest.approx([0.1, 0.5, 0.15, 0.25], abs=0.05)
+    assert int(choose(logits, 0.0, 1.0, generators)) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LooksAhead(AttentionConfig):
+    causal: ClassVar[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares(SwiGLUConfig):
+    batch_independent: ClassVar[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgets(AttentionConfig):
+    incremental: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [
+        (
+            {"mixer": LooksAhead(num_heads=2)},
+            "mixer attention cannot generate: its output for a token depends on later",
+        ),
+        ({"ffn": Shares(hidden=8)}, "ffn swiglu cannot generate: its output for a sequence depends on the others"),
+        ({"mixer": Forgets(num_heads=2)}, "mixer attention cannot generate: it cannot continue"),
+    ],
+)
+def test_plugins_that_cannot_generate_say_so(layer: dict, sentence: str) -> None:
+    config = tiny.build(num_layers=1)
+    config = dataclasses.replace(config, layers={"A": dataclasses.replace(config.layers["A"], **layer)})
+    with pytest.raises(ValueError, match=sentence):
+        check_generates(config)
+    with pytest.raises(ValueError, match=sentence):
+        generate(LM(config), PROMPTS, 1)
+
+
+def test_what_cannot_be_asked() -> None:
+    model = spread(tiny.build(num_layers=1))
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(model, [[1], []], 1)
+    with pytest.raises(ValueError, match="top_p 0"):
+        generate(model, [[1]], 1, top_p=0.0)
+    model.prune(1, 1)
+    with pytest.raises(ValueError, match="one stage of a pipeline"):
+        generate(model, [[1]], 1)

@@ -1,0 +1,200 @@
+"""A run: it learns, resumes bit for bit, stops at what is not finite, and evaluates every token once."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.lm import LM
+from parallel.mesh import Mesh, MeshConfig
+from parallel.testing import Pool, RankError
+from tests.trainer import runs
+from trainer import checkpoint, evaluate, train
+from trainer.config import ScheduleConfig
+from trainer.data import Sequences
+from trainer.evaluate import Evaluation, evaluate_run
+from trainer.loop import Launch
+from trainer.process import build_engine
+from trainer.schedule import factor
+
+MESHES = {
+    "one": MeshConfig(),
+    "dp2": MeshConfig(dp=2),
+    "fsdp2": MeshConfig(fsdp=2),
+    "tp2": MeshConfig(tp=2),
+    "pp2": MeshConfig(pp=2),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.prepare_data(tmp_path_factory.mktemp("run"))
+
+
+def newest(folder: Path) -> checkpoint.Checkpoint:
+    path = checkpoint.newest(folder / "checkpoints", warn=pytest.fail)
+    assert path is not None
+    return checkpoint.read(path)
+
+
+def assert_same(one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> None:
+    assert one.state == other.state
+    for name in ("model", "optimizer"):
+        left, right = getattr(one, name), getattr(other, name)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left), name
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_resume_is_bitwise(data: Path, tmp_path: Path, pool: Pool, mesh: str) -> None:
+    """Stopped after step 3 and resumed, a run has the losses, weights and moments of one that never stopped."""
+    config = MESHES[mesh]
+    size = {"micro_batch": 1} if mesh == "pp2" else {}
+    whole = runs.run_config(data, tmp_path / "whole", config, eval_every=3, **size)
+    parts = runs.run_config(data, tmp_path / "parts", config, eval_every=3, **size)
+    expected = pool.run(runs.run_through, config.world_size, whole)[0]
+    found = pool.run(runs.run_interrupted, config.world_size, parts, 3)[0]
+    assert found == expected
+    assert [record["step"] for record in found if "train/loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert_same(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("mesh", ["one", "fsdp2", "pp2"])
+def test_evaluating_on_the_way_changes_nothing(data: Path, tmp_path: Path, pool: Pool, mesh: str) -> None:
+    config = MESHES[mesh]
+    often = runs.run_config(data, tmp_path / "often", config, eval_every=1, save_every=0, micro_batch=1)
+    never = runs.run_config(data, tmp_path / "never", config, eval_every=0, save_every=0, micro_batch=1)
+    found = pool.run(runs.run_through, config.world_size, often)[0]
+    expected = pool.run(runs.run_through, config.world_size, never)[0]
+    assert [record for record in found if "train/loss" in record] == expected
+
+
+@pytest.mark.parametrize("mesh", ["dp2", "fsdp2", "tp2"])
+def test_a_mesh_takes_up_what_one_process_left(data: Path, tmp_path: Path, pool: Pool, mesh: str) -> None:
+    one = runs.run_config(data, tmp_path / "run", dtype="float64")
+    runs.run(one, Launch(stop_after=3))
+    other = dataclasses.replace(one, mesh=MESHES[mesh])
+    found = pool.run(runs.run_through, 2, other)[0]
+    alone = dataclasses.replace(one, run=dataclasses.replace(one.run, dir=str(tmp_path / "alone")))
+    expected = runs.run_through(alone)
+    for record, reference in zip(found, expected, strict=True):
+        assert record == pytest.approx(reference, rel=1e-9)
+    for name, value in newest(tmp_path / "run").model.items():
+        torch.testing.assert_close(value, newest(tmp_path / "alone").model[name], rtol=1e-8, atol=1e-10)
+
+
+def test_it_learns_and_writes_what_it_says(data: Path, tmp_path: Path) -> None:
+    config = runs.run_config(data, tmp_path / "run", steps=30, eval_every=10, save_every=10, keep_checkpoints=2)
+    state, printed = runs.run(config)
+    assert state.step == 30 and state.samples == 120 and state.tokens == 120 * 24
+    records = runs.records(config)
+    losses = [record["train/loss"] for record in records if "train/loss" in record]
+    assert losses[0] == pytest.approx(math.log(runs.VOCAB), rel=0.02) and losses[-1] < losses[0] - 1.5
+    assert [record["step"] for record in records if "valid/loss" in record] == [10, 20, 30]
+    assert list(checkpoint.steps(tmp_path / "run" / "checkpoints")) == [20, 30]
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    assert "step 30" in printed and "saved" in printed and "held-out loss" in printed
+    again = train.main([str(tmp_path / "run" / "config.yaml"), "train.steps=31"])
+    assert again == 0 and newest(tmp_path / "run").state.step == 31
+
+
+def test_not_finite_stops_before_the_weights_change(data: Path, tmp_path: Path) -> None:
+    config = runs.run_config(data, tmp_path / "run")
+    runs.run(config, Launch(stop_after=2))
+    path = checkpoint.newest(tmp_path / "run" / "checkpoints", warn=pytest.fail)
+    assert path is not None
+    content = checkpoint.read(path)
+    poisoned = {**content.model, "norm.weight": torch.full_like(content.model["norm.weight"], torch.nan)}
+    checkpoint.write(path.parent, dataclasses.replace(content, model=poisoned), keep=2)
+    with pytest.raises(FloatingPointError, match="step 3 has loss nan"):
+        runs.run(config)
+    assert list(checkpoint.steps(path.parent)) == [2]
+
+
+def test_logs_without_a_checkpoint_are_an_error_unless_told(data: Path, tmp_path: Path) -> None:
+    config = runs.run_config(data, tmp_path / "run")
+    runs.run(config, Launch(stop_after=2))
+    (path,) = checkpoint.steps(tmp_path / "run" / "checkpoints").values()
+    (path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"all 1 checkpoints in .* are damaged"):
+        runs.run(config)
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+    with pytest.raises(ValueError, match="has the logs of a run and no checkpoint"):
+        runs.run(config)
+    runs.run(config, Launch(fresh=True))
+    assert newest(tmp_path / "run").state.step == 6
+    assert (tmp_path / "run" / "old-1" / "metrics.jsonl").is_file()
+
+
+def test_another_model_is_refused(data: Path, tmp_path: Path) -> None:
+    config = runs.run_config(data, tmp_path / "run")
+    runs.run(config, Launch(stop_after=2))
+    with pytest.raises(ValueError, match=r"model\.tie_embeddings is True, and False in"):
+        runs.run(dataclasses.replace(config, model=dataclasses.replace(config.model, tie_embeddings=True)))
+    seeded = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=9))
+    assert "samples may repeat" in runs.run(seeded)[1]
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(data: Path, tmp_path: Path) -> None:
+    config = runs.run_config(data, tmp_path / "run")
+    small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=300))
+    with pytest.raises(ValueError, match="use at least 320"):
+        runs.run(small)
+
+
+@pytest.mark.parametrize("mesh", ["dp2", "tp2", "pp2"])
+def test_errors_reach_every_rank(data: Path, tmp_path: Path, pool: Pool, mesh: str) -> None:
+    config = runs.run_config(data, tmp_path / "run", MESHES[mesh], micro_batch=1)
+    (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    with pytest.raises(RankError, match="are damaged"):
+        pool.run(runs.run_through, 2, config, timeout=60)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_evaluation_predicts_every_token_once(data: Path, tmp_path: Path, pool: Pool, mesh: str) -> None:
+    """On every mesh, and as a plain loop over the rows."""
+    config = runs.run_config(data, tmp_path / "run", MESHES[mesh], dtype="float64", micro_batch=1)
+    found = pool.run(evaluate_initial, MESHES[mesh].world_size, config)[0]
+    sequences = Sequences(str(data / "valid"), 24)
+    model: LM = build_engine(runs.run_config(data, tmp_path, dtype="float64"), Mesh.single()).models[0]
+    loss = 0.0
+    for index in range(len(sequences)):
+        row = sequences.rows([index])
+        out = model(row.tokens, row.targets, documents_BT=row.documents, positions_BT=row.positions)
+        loss += float(out.token_loss)
+    manifest = json.loads((data / "manifest.json").read_text())["splits"]["valid"]
+    assert (found.tokens, found.bytes) == (manifest["tokens"], manifest["bytes"])
+    assert found.loss_sum == pytest.approx(loss, rel=1e-10)
+    assert found.bits_per_byte == pytest.approx(loss / math.log(2) / manifest["bytes"])
+
+
+def evaluate_initial(config: runs.RunConfig) -> Evaluation:
+    engine = build_engine(config, Mesh(config.mesh))
+    assert config.data.valid is not None
+    return evaluate.evaluate(engine, Sequences(config.data.valid, 24), config.train.micro_batch)
+
+
+def test_evaluating_a_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = runs.run_config(data, tmp_path / "run", eval_every=6, eval_batches=1000)
+    runs.run(config)
+    result, path = evaluate_run(tmp_path / "run", None, None)
+    assert path.name == "step-00000006"
+    assert runs.records(config)[-1]["valid/loss"] == result.loss
+    assert evaluate.main([str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == result.loss
+    assert evaluate.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_schedule() -> None:
+    config = ScheduleConfig("cosine", warmup_steps=4, min_ratio=0.1)
+    factors = [factor(step, 20, config) for step in range(20)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[-1] == pytest.approx(0.1) and factors[4:] == sorted(factors[4:], reverse=True)
+    linear = [factor(step, 10, ScheduleConfig("linear", min_ratio=0.0)) for step in range(10)]
+    assert linear == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    assert factor(99, 100, ScheduleConfig("constant")) == 1.0
