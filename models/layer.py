@@ -4,7 +4,7 @@ Shape suffixes: B batch, T sequence, D model width, H heads, V value width.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -69,11 +69,14 @@ class FFNBranch(nn.Module):
         return self.ffn(views.q_BTD, inputs, side)
 
 
-class Sublayer(nn.Module):
+Branch = TypeVar("Branch", bound=MixerBranch | FFNBranch)
+
+
+class Sublayer(nn.Module, Generic[Branch]):
     """read -> norm -> branch -> norm -> write. `boundary` and `row` are where tensor parallelism takes hold."""
 
     def __init__(
-        self, connection: Connection, placement: Placement, branch: MixerBranch | FFNBranch, scaling: nn.Module
+        self, connection: Connection, placement: Placement, branch: Branch, scaling: nn.Module
     ) -> None:
         super().__init__()
         self.connection, self.placement, self.branch, self.scaling = connection, placement, branch, scaling
@@ -113,17 +116,16 @@ class Layer(nn.Module):
         norm = own.norm or config.norm
         self.index = index
         self.depth: DepthControl = config.depth.build(ctx)
-        mixer = own.mixer.build(ctx)
         branches: dict[str, MixerBranch | FFNBranch] = {
-            "mixer": MixerBranch(mixer, config.values.build(ctx, mixer.value_shape)),
+            "mixer": MixerBranch(own.mixer.build(ctx), config.values.build(ctx, own.mixer.value_shape(config.d_model))),
             "ffn": FFNBranch(own.ffn.build(ctx)),
         }
         for name in ("mixer", "ffn"):
             connection = config.residual.connect(ctx, name, config.shortcut.build(ctx))
             placement = norm.build(config.d_model, connection.num_views)
             setattr(self, name, Sublayer(connection, placement, branches[name], config.scaling.build(ctx)))
-        self.mixer: Sublayer
-        self.ffn: Sublayer
+        self.mixer: Sublayer[MixerBranch]
+        self.ffn: Sublayer[FFNBranch]
         self.key_gate = config.depth.gates_keys and own.mixer.key_gate
         self.keep: frozenset[str] = frozenset()
 

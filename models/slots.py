@@ -39,12 +39,7 @@ class LayerContext:
 
 
 class Mixer(nn.Module):
-    """A sequence mixer, cut where heads meet the sequence: project (token-wise), core (per head), merge (token-wise).
-
-    value_shape: (heads, width) of the "v" that `project` returns; `heads`: query heads, for the context split.
-    """
-
-    value_shape: tuple[int, int]
+    """A sequence mixer, cut where heads meet the sequence: project (token-wise), core (per head), merge (token-wise)."""
 
     def project(self, views: Views, side: Side) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Token-wise. Returns (core inputs, each [B, T, H, ...], "v" among them; what only `merge` needs)."""

@@ -75,8 +75,7 @@ class Attention(Mixer):
     def __init__(self, config: AttentionConfig, ctx: LayerContext, head_dim: int) -> None:
         super().__init__()
         self.config, self.head_dim = config, head_dim
-        self.value_shape = config.value_shape(ctx.d_model)
-        heads, kv_heads = config.num_heads, self.value_shape[0]
+        heads, (kv_heads, _) = config.num_heads, config.value_shape(ctx.d_model)
         axis, kv_axis = Axis("heads", heads), Axis("kv_heads", kv_heads)
         self.q = Linear(ctx.d_model, heads * head_dim, axis=axis)
         self.k = Linear(ctx.d_model, kv_heads * head_dim, axis=kv_axis)

@@ -99,8 +99,8 @@ class GatedDeltaNet(Mixer):
     def __init__(self, config: GatedDeltaNetConfig, ctx: LayerContext) -> None:
         super().__init__()
         self.config = config
-        self.value_shape = config.value_shape(ctx.d_model)
-        heads, key, (value_heads, value) = config.num_heads, config.head_dim, self.value_shape
+        heads, key, (value_heads, value) = config.num_heads, config.head_dim, config.value_shape(ctx.d_model)
+        self.value_width = value
         key_axis, axis = Axis("kv_heads", heads), Axis("heads", value_heads)
         self.q = Linear(ctx.d_model, heads * key, axis=key_axis)
         self.k = Linear(ctx.d_model, heads * key, axis=key_axis)
@@ -124,7 +124,7 @@ class GatedDeltaNet(Mixer):
                 declare(self, f"conv_{name}_bias", (along.groups, width), init, (along, None), decay=False)
 
     def project(self, views: Views, side: Side) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        key, value = self.config.head_dim, self.value_shape[1]
+        key, value = self.config.head_dim, self.value_width
         beta_BTJ = upcast(self.beta(views.k_BTD)).sigmoid()
         step_BTJ = F.softplus(upcast(self.decay(views.k_BTD)) + upcast(self.dt_bias))
         heads = {
