@@ -3,10 +3,12 @@
 import random
 from typing import Any
 
+import torch
+
 from configs.structure import instantiate
 from models.config import LMConfig
+from models.lm import LM
 from models.plugin import Plugin
-from models.rules import reasons
 from models.slots import (
     DepthConfig,
     FFNConfig,
@@ -29,6 +31,41 @@ SLOTS: tuple[type[Plugin], ...] = (
     DepthConfig,
 )
 LETTERS = "ABCD"
+# Other settings that a draw may give to a kind; kinds that are not here are drawn with their example alone.
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "attention": (
+        {"window": 3, "output_gate": True},
+        {"qk_norm": True, "rope": "interleaved", "rope_fraction": 0.5},
+        {"num_kv_heads": 1, "rope": "none"},
+        {"num_heads": 4, "num_kv_heads": None, "qk_norm": True},
+    ),
+    "gated_deltanet": (
+        {"allow_neg_eigval": True, "output_gate": False},
+        {"num_heads": 4, "conv_size": 2},
+        {"num_heads": 1, "num_value_heads": 4, "conv_bias": True},
+        {"expand_v": 2.0},
+    ),
+    "swiglu": ({"hidden": 8},),
+    "moe": (
+        {"score": "sigmoid", "scale": 2.5, "stats_group": "microbatch"},
+        {"top_k": 1, "normalize": False, "z_coef": 0.01, "shared_hidden": 0},
+        {"num_experts": 8, "top_k": 3, "aux_coef": 0.0},
+    ),
+    "moe_plus_plus": (
+        {"tau": 0.25, "num_zero": 2, "stats_group": "microbatch"},
+        {"num_experts": 8, "num_constant": 0, "top_k": 3},
+        {"num_copy": 0, "num_zero": 0, "top_k": 1},
+    ),
+    "hyper": ({"streams": 2, "norm": "rms", "activation": "identity"},),
+    "hyper_static": ({"streams": 1}, {"streams": 3}),
+    "hyper_fractional": ({"fractions": 2, "streams": 2},),
+    "mudd": ({"separate_norms": False, "expand_last": 4}, {"hidden_round": 16}),
+    "ladder": ({"layers": [1, 2]}, {"layers": [3]}),
+    "reversible": ({"grid_bits": 44}, {"grid_bits": 20}),
+    "resformer": ({"lambda1": 2.0, "lambda2": 0.3},),
+    "skip_middle": ({"sparsity": 0.01},),
+    "laurel": ({"rank": 3},),
+}
 
 
 def every_kind() -> list[tuple[str, str]]:
@@ -40,6 +77,11 @@ def plain(slot: str, kind: str) -> dict[str, Any]:
     """The plain config of a kind's example."""
     base = next(base for base in SLOTS if base.slot == slot)
     return {"kind": kind, **base.of_kind(kind).example}
+
+
+def drawn(slot: str, kind: str, generator: random.Random) -> dict[str, Any]:
+    """A kind's example, or one of its variants."""
+    return {**plain(slot, kind), **generator.choice(({}, *VARIANTS.get(kind, ())))}
 
 
 def build(num_layers: int = 4, **fields: Any) -> LMConfig:
@@ -62,7 +104,7 @@ def draw(seed: int) -> LMConfig:
     generator = random.Random(seed)
     while True:
         letters = LETTERS[: generator.randint(1, 4)]
-        pattern = "".join(generator.choice(letters) for _ in range(4))
+        pattern = "".join(generator.choice(letters) for _ in range(generator.choice((3, 4, 4, 5, 6))))
         data: dict[str, Any] = {
             "vocab_size": 32,
             "d_model": 16,
@@ -70,17 +112,21 @@ def draw(seed: int) -> LMConfig:
             "tie_embeddings": generator.random() < 0.3,
             "layers": {
                 letter: {
-                    "mixer": plain("mixer", generator.choice(list(MixerConfig.kinds()))),
-                    "ffn": plain("ffn", generator.choice(list(FFNConfig.kinds()))),
+                    "mixer": drawn("mixer", generator.choice(list(MixerConfig.kinds())), generator),
+                    "ffn": drawn("ffn", generator.choice(list(FFNConfig.kinds())), generator),
                 }
                 for letter in sorted(set(pattern))
             },
         }
         for slot in SLOTS[2:]:
-            data[slot.slot] = plain(slot.slot, generator.choice(list(slot.kinds())))
-        config = instantiate(LMConfig, data)
-        if not list(reasons(config)):
-            return config
+            data[slot.slot] = drawn(slot.slot, generator.choice(list(slot.kinds())), generator)
+        try:
+            config = instantiate(LMConfig, data)
+            with torch.device("meta"):
+                LM(config)
+        except ValueError:
+            continue
+        return config
 
 
 def describe(config: LMConfig) -> str:

@@ -54,7 +54,7 @@ COMBINATIONS: dict[str, LMConfig] = {
     "hybrid": build(**HYBRID, residual="hyper", values="resformer_learnable", norm="peri", tie_embeddings=True),
     "mudd": build(**HYBRID, residual="mudd", values="resformer", depth="skip_middle"),
     "ladder": build(**HYBRID, residual="ladder", norm="post", scaling="rezero", tie_embeddings=True),
-    "reversible": build(residual="reversible", depth="skip_middle", ffn="moe"),
+    "reversible": build(residual={"kind": "reversible", "grid_bits": 44}, depth="skip_middle", ffn="moe"),
     "one_kv_head": build(
         mixer={"kind": "attention", "num_heads": 8, "num_kv_heads": 1, "head_dim": 4, "qk_norm": True}
     ),
