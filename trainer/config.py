@@ -137,11 +137,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         for reason in reasons(self.model):
             raise ValueError(f"model: {reason}")
-        if self.schedule.warmup_steps > self.train.steps:
-            raise ValueError(
-                f"schedule.warmup_steps is {self.schedule.warmup_steps}, more than train.steps {self.train.steps}; "
-                "use fewer warmup steps"
-            )
         ranks = self.mesh.replicate * self.mesh.shard
         across = ranks * self.train.micro_batch
         if self.train.global_batch % across:

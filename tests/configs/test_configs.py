@@ -1,0 +1,54 @@
+"""Every shipped YAML file can be run, and the debug ones show every plug-in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.load import load
+from configs.structure import to_plain
+from configs.text import dump_yaml, parse_yaml
+from configs.validate import parse
+from launch.runs import load_run
+from models import slots
+from models.lm import LM
+from models.params import initialize
+from models.plugin import plugins_in
+from trainer.config import RunConfig
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+FILES = sorted(FOLDER.rglob("*.yaml"))
+DEBUG = [path for path in FILES if path.name.startswith("debug_")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_file(path: Path) -> None:
+    config = load_run(str(path))  # builds the model on the meta device
+    assert parse(RunConfig, parse_yaml(dump_yaml(to_plain(config)), "written")) == config
+
+
+@pytest.mark.parametrize("path", DEBUG, ids=lambda path: path.stem)
+def test_debug_file_steps(path: Path) -> None:
+    config: RunConfig = parse(RunConfig, load(path))
+    assert config.run.dir == f"runs/{path.stem}", "runs of two configs must not meet in one folder"
+    model = LM(config.model)
+    initialize(model, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = torch.randint(config.model.vocab_size, (2, 2, 16), generator=generator)
+    out = model(tokens, targets)
+    assert out.loss is not None and out.count == targets.numel()
+    (out.loss / out.count).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+
+
+def test_every_kind_has_a_debug_file() -> None:
+    shown = {(p.slot, p.kind) for path in DEBUG for p in plugins_in(parse(RunConfig, load(path)))}
+    bases = [cls for cls in slots.Plugin.__subclasses__() if cls.__module__ == slots.__name__]
+    known = {
+        (base.slot, kind)
+        for base in bases
+        for kind, cls in base.kinds().items()
+        if cls.__module__.startswith("models.")
+    }
+    assert known - shown == set(), "write configs/debug_<kind>.yaml"

@@ -1,0 +1,51 @@
+"""The JSON schema says what validate says, as far as a schema can."""
+
+from typing import Any
+
+from configs.schema import field_words, schema
+from models.mixers.attention import AttentionConfig
+from models.slots import MixerConfig
+from trainer.config import RunConfig, TrainConfig
+
+
+def test_plug_ins_are_a_choice_of_kinds() -> None:
+    got = schema(RunConfig, "run")
+    mixer = got["$defs"]["LayerConfig"]["properties"]["mixer"]
+    assert mixer["anyOf"] == [{"$ref": f"#/$defs/mixer.{kind}"} for kind in MixerConfig.kinds()]
+    attention = got["$defs"]["mixer.attention"]
+    assert attention["properties"]["kind"] == {"const": "attention"}
+    assert attention["required"] == ["kind", "num_heads"]
+    assert attention["additionalProperties"] is False
+    assert attention["properties"]["rope"]["enum"] == ["half", "interleaved", "none"]
+    assert attention["properties"]["rope_theta"] == {"type": "number", "default": 10000.0}
+    assert attention["properties"]["window"]["anyOf"] == [{"type": "integer"}, {"type": "null"}]
+    assert attention["description"].startswith("Causal softmax attention")
+    norm = got["$defs"]["LayerConfig"]["properties"]["norm"]
+    assert norm["anyOf"][-1] == {"type": "null"} and norm["default"] is None
+
+
+def test_every_reference_is_defined() -> None:
+    got = schema(RunConfig, "run")
+
+    def references(value: Any) -> set[str]:
+        if isinstance(value, dict):
+            own = {value["$ref"]} if isinstance(value.get("$ref"), str) else set()
+            return own.union(*(references(item) for item in value.values()))
+        return set().union(*(references(item) for item in value)) if isinstance(value, list) else set()
+
+    assert references(got) == {f"#/$defs/{name}" for name in got["$defs"]}
+
+
+def test_defaults_are_plain_data() -> None:
+    got = schema(RunConfig, "run")["$defs"]
+    assert got["RunConfig"]["properties"]["schedule"]["default"]["kind"] == "cosine"
+    assert got["AdamWConfig"]["properties"]["betas"]["default"] == [0.9, 0.95]
+    assert got["LMConfig"]["properties"]["residual"]["default"] == {"kind": "plain"}
+
+
+def test_words_of_fields() -> None:
+    words = field_words(AttentionConfig)
+    assert words["window"] == "a query sees itself and the window - 1 tokens before it."
+    assert words[""].startswith("Causal softmax attention (Vaswani")
+    words = field_words(TrainConfig)
+    assert words["log_every"] == words["save_every"] and words["log_every"].startswith("in steps")

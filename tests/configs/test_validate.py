@@ -1,0 +1,227 @@
+"""Every way to be wrong gives one sentence with the key, what was given, the rule and the way out."""
+
+import copy
+import dataclasses
+from typing import Any, Literal
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.load import merge, override
+from configs.structure import to_plain
+from configs.validate import parse, validate
+from models.config import LMConfig
+from models.mixers.attention import AttentionConfig
+from models.slots import MixerConfig, NormConfig
+from trainer.config import RunConfig
+
+RUN: dict[str, Any] = {
+    "model": {
+        "vocab_size": 64,
+        "d_model": 32,
+        "layers": {
+            "A": {"mixer": {"kind": "attention", "num_heads": 4}, "ffn": {"kind": "swiglu", "hidden": 48}},
+        },
+        "pattern": "AA",
+    },
+    "run": {"dir": "runs/x"},
+    "data": {"train": "data/train", "sequence_length": 8},
+    "train": {"steps": 10, "global_batch": 4, "micro_batch": 2},
+    "optim": {"lr": 1},
+}
+
+
+def test_a_valid_run() -> None:
+    before = copy.deepcopy(RUN)
+    config = parse(RunConfig, RUN)
+    assert before == RUN
+    assert config.model.layers["A"].mixer == AttentionConfig(num_heads=4)
+    assert config.optim.betas == (0.9, 0.95)
+    assert (config.optim.lr, type(config.optim.lr)) == (1.0, float)
+    assert parse(RunConfig, to_plain(config)) == config
+    assert parse(RunConfig, config) is config
+
+
+ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction, qk_norm, window, output_gate"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        # unknown keys
+        (
+            "model.layers.A.mixer.num_head=8",
+            f"model.layers.A.mixer.num_head: unknown key; did you mean num_heads? attention takes {ATTENTION}",
+        ),
+        (
+            "modle={}",
+            "modle: unknown key; did you mean model? the config takes model, run, data, train, optim, schedule, mesh",
+        ),
+        ("mesh.zzz=2", "mesh.zzz: unknown key; mesh takes dp, fsdp, hsdp, tp, cp, ep, etp, pp, schedule"),
+        ("model.residual={kind: plain, n: 2}", "model.residual.n: unknown key; plain takes no keys"),
+        # missing keys and kinds
+        (
+            "model.layers.A.ffn={kind: moe, top_k: 1}",
+            "model.layers.A.ffn: num_experts is missing; moe needs it, a whole number",
+        ),
+        ("model.norm={eps: 1}", "model.norm: kind is missing; write kind: and one of peri, post, pre"),
+        (
+            "model.norm={kind: per}",
+            "model.norm.kind: unknown norm kind 'per'; did you mean 'peri'? the kinds are peri, post, pre",
+        ),
+        ("model.norm={kind: 3}", "model.norm.kind: 3 is not text; the kinds are peri, post, pre"),
+        # mappings
+        ("model.norm=pre", "model.norm: 'pre' is not a mapping; write kind: and one of peri, post, pre"),
+        ("model.layers.A=null", "model.layers.A: null is not a mapping; write a mapping with mixer, ffn, norm"),
+        (
+            "model.layers=[1]",
+            "model.layers: [1] is not a mapping; write key: value pairs, each value a mapping with mixer, ffn, norm",
+        ),
+        # leaves
+        (
+            "model.layers.A.mixer.num_heads='8'",
+            "model.layers.A.mixer.num_heads: '8' is not a whole number; write 8 without quotes",
+        ),
+        ("train.steps=ten", "train.steps: 'ten' is not a whole number"),
+        ("train.steps=1000.0", "train.steps: 1000.0 is not a whole number; write 1000"),
+        ("train.steps=2.5", "train.steps: 2.5 is not a whole number"),
+        ("train.steps=true", "train.steps: true is not a whole number"),
+        ("train.steps=null", "train.steps: null is not a whole number"),
+        ("train.log_every=null", "train.log_every: null is not a whole number; the default of log_every is 1"),
+        (
+            "model.layers.A.mixer.window=all",
+            "model.layers.A.mixer.window: 'all' is not a whole number or null; the default of window is null",
+        ),
+        ("model.tie_embeddings=1", "model.tie_embeddings: 1 is not true or false; write true"),
+        (
+            "model.tie_embeddings='true'",
+            "model.tie_embeddings: 'true' is not true or false; write true without quotes",
+        ),
+        ("optim.lr=true", "optim.lr: true is not a number"),
+        ("run.dir=3", 'run.dir: 3 is not text; write it in quotes, "3"'),
+        (
+            "model.layers.A.mixer.rope=hald",
+            "model.layers.A.mixer.rope: 'hald' is no choice; did you mean half? "
+            "the choices are half, interleaved, none",
+        ),
+        (
+            "schedule.kind=Cosine",
+            "schedule.kind: 'Cosine' is no choice; did you mean cosine? the choices are cosine, linear, constant",
+        ),
+        # lists
+        ("optim.betas=0.9", "optim.betas: 0.9 is not a list; write a list of 2: a number, a number"),
+        ("optim.betas=[0.9]", "optim.betas: [0.9] has 1 elements; write a list of 2: a number, a number"),
+        (
+            "optim.betas=[a, 1]",
+            "optim.betas.0: 'a' is not a number; the default of betas is [0.9, 0.95]",
+        ),
+        # what dataclasses and rules refuse
+        (
+            "model.layers.A.mixer.num_kv_heads=3",
+            "model.layers.A.mixer: num_heads 4 is not a positive multiple of num_kv_heads 3; change one",
+        ),
+        ("model.vocab_size=0", "model: vocab_size is 0; it must be at least 1"),
+        ("optim.clip=0", "optim: clip is 0.0; it must be more than 0, or null for no clipping"),
+        ("optim.lr=.nan", "optim: lr is nan; it must be at least 0"),
+        ("optim.betas=[1, 0]", "optim: betas is [1.0, 0.0]; both must lie in [0, 1), such as [0.9, 0.95]"),
+        ("schedule.min_ratio=2", "schedule: min_ratio is 2.0; it must lie in [0, 1]"),
+        ("data.train=d/train.bin", "data: train is 'd/train.bin'; leave the ending out, 'd/train' names both files"),
+        ("run.dir=''", "run: dir is empty; name a folder, such as runs/first"),
+        ("train.eval_every=-1", "train: eval_every is -1; it must be at least 0"),
+        (
+            "mesh.dp=3",
+            "train.global_batch is 4, not a multiple of 3 data ranks x micro_batch 2 = 6; "
+            "use 6, or another micro_batch",
+        ),
+        (
+            "mesh.schedule=zbw",
+            "mesh: schedule is 'zbw'; did you mean zbv? "
+            "the schedules are gpipe, 1f1b, interleaved, zero_bubble, zbv, dualpipev",
+        ),
+        (
+            "model={pattern: AAA, depth: {kind: skip_middle}}",
+            "model: depth skip_middle pairs layer l with layer L-1-l, and L = 3 is odd; use 4 layers",
+        ),
+    ],
+)
+def test_one_sentence(change: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(RunConfig, merge(RUN, override(change, RUN)))
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("key", ["model", "run", "data", "train", "optim"])
+def test_missing_part(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key} is missing; the config needs it, a mapping with "):
+        parse(RunConfig, {name: value for name, value in RUN.items() if name != key})
+
+
+def test_an_unknown_mixer_lists_all() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(MixerConfig, {"kind": "atention"}, "model.layers.A.mixer")
+    kinds = ", ".join(MixerConfig.kinds())
+    assert str(caught.value) == (
+        f"model.layers.A.mixer.kind: unknown mixer kind 'atention'; did you mean 'attention'? the kinds are {kinds}"
+    )
+
+
+def test_an_example_is_the_way_out_of_a_required_leaf() -> None:
+    example = AttentionConfig.example["num_heads"]
+    with pytest.raises(ConfigError) as caught:
+        parse(MixerConfig, {"kind": "attention", "num_heads": "eight"}, "m")
+    assert str(caught.value) == f"m.num_heads: 'eight' is not a whole number, such as {example}"
+
+
+def test_long_values_are_shortened() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(int, {"a": "b" * 200}, "x")
+    assert len(str(caught.value)) < 120
+
+
+def test_keys_are_text() -> None:
+    with pytest.raises(ConfigError, match=r"^model: the key 1 is not text; write it in quotes$"):
+        validate(LMConfig, {1: 2}, "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Types that no shipped config has yet."""
+
+    names: tuple[str, ...] = ()
+    norms: tuple[NormConfig, ...] = ()
+    pairs: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    table: dict[str, int] = dataclasses.field(default_factory=dict)
+    either: int | Literal["all"] = 1
+    norm: NormConfig | None = None
+
+
+def test_other_types() -> None:
+    data = {
+        "names": ["a", "b"],
+        "norms": [{"kind": "pre"}, {"kind": "post", "eps": 1}],
+        "pairs": [[1, 2]],
+        "table": {"a": 1},
+        "either": "all",
+        "norm": None,
+    }
+    got = parse(Shapes, data)
+    assert got.names == ("a", "b")
+    assert [norm.kind for norm in got.norms] == ["pre", "post"] and got.norms[1].eps == 1.0
+    assert got.table == {"a": 1} and got.either == "all" and got.norm is None
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ({"names": "ab"}, "s.names: 'ab' is not a list; write a list, each text"),
+        ({"names": ["a", 1]}, 's.names.1: 1 is not text; write it in quotes, "1"'),
+        ({"norms": [{"kind": "pre"}, {}]}, "s.norms.1: kind is missing; write kind: and one of peri, post, pre"),
+        ({"pairs": [[1]]}, "s.pairs.0: [1] has 1 elements; write a list of 2: a whole number, a number"),
+        ({"table": {"a": "x"}}, "s.table.a: 'x' is not a whole number; the default of table is {}"),
+        ({"either": "none"}, "s.either: 'none' is not a whole number or all; the default of either is 1"),
+    ],
+)
+def test_other_types_refused(data: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Shapes, data, "s")
+    assert str(caught.value) == sentence
