@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -33,10 +33,8 @@ class StepMetrics:
         return {**{name: own[name] for name in own if name not in ("step", "losses")}, **self.losses}
 
     def __str__(self) -> str:
-        return (
-            f"step {self.step}  loss {self.loss:.4f}  grad {self.grad_norm:.2f}  lr {self.lr:.2e}  "
-            f"{self.tokens_per_second:,.0f} tokens/s"
-        )
+        speed = f"{self.tokens_per_second:,.0f} tokens/s"
+        return f"loss {self.loss:.4f}, gradient {self.grad_norm:.2f}, lr {self.lr:.2e}, {speed}"
 
 
 class Silent:
@@ -66,12 +64,17 @@ class Log(Silent):
         self._jsonl = (folder / METRICS).open("a", encoding="utf-8", buffering=1)
         # The events of steps that a crashed run took after its last checkpoint are hidden.
         self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None)
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
-        self._task = self._progress.add_task(f"step {start}", total=steps, completed=start)
-        if console.is_terminal:
-            self._progress.start()
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task("", total=steps, completed=start)
+        self._progress.start()
 
     def say(self, sentence: str) -> None:
         self._console.print(sentence, highlight=False, soft_wrap=True)
@@ -82,7 +85,7 @@ class Log(Silent):
         if not self._console.is_terminal and (now - self._said >= QUIET or metrics.step == self._steps):
             began, start = self._began
             left = (now - began) / (metrics.step - start) * (self._steps - metrics.step)
-            self.say(f"{metrics} of {self._steps}, {left:.0f} s left".replace("  ", ", "))
+            self.say(f"step {metrics.step} of {self._steps}: {metrics}, {left:.0f} s left")
             self._said = now
         if write:
             self._write(metrics.step, {f"train/{name}": value for name, value in metrics.flat().items()})

@@ -57,6 +57,8 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
     for source in sources:
         if Path(source).is_dir():
             files = [file for file in Path(source).rglob("*") if file.suffix in suffixes and file.is_file()]
+        elif Path(source).is_file():
+            files = [Path(source)]
         else:
             files = [Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()]
         if not files:
@@ -151,7 +153,7 @@ def prepare(config: PrepareConfig, out: str | os.PathLike[str], console: Console
         tokenizer = Tokenizer.load(config.tokenizer)
     tokenizer.save(staging / "tokenizer.model")
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokenizing", total=len(documents))
         splits = {
             name: write_split(staging / name, sides[name], tokenizer, lambda: progress.advance(task)) for name in SPLITS
