@@ -1,10 +1,14 @@
-"""One pool of gloo processes for the whole run."""
+"""One thread, and one pool of gloo processes, for the whole run."""
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from parallel.testing import Pool
+
+# Tests are small: threads that wait for one another on a busy machine made some of them 15 times as long.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
