@@ -34,4 +34,5 @@ class Command:
 def config_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and its overrides."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file of a run")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as model.layers.A.mixer.num_heads=8")
+    words = "such as model.layers.A.mixer.num_heads=8"
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=words)

@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         eos_id=tokenizer.end_of_document,
     )
     for text, tokens in zip(args.prompts, new, strict=True):
-        print(text + tokenizer.decode(tokens))
+        # Ids between the tokenizer's vocabulary and the model's stand for no text.
+        print(text + tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size]))
     return 0
 
 

@@ -1,0 +1,289 @@
+"""The command line: exit codes, one sentence for users, and what each command hands on."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.cli import find_commands, main
+from launch.command import Command
+from launch.local import ROOT, environment
+
+CONFIG = "configs/debug_attention.yaml"
+SMALL = ["model.d_model=32", "data.sequence_length=16", "train.global_batch=2", "train.micro_batch=1", "train.steps=2"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("WEFT_TRACEBACK", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one sentence that the command line ends in."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"weft: [^\n]+\n", err), err
+    return err.removeprefix("weft: ").rstrip()
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    return out
+
+
+ALL = "check, config, eval, export, generate, plugins, prepare, train"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], f"no command given; the commands are {ALL}; see weft --help"),
+        (["trian"], f"unknown command 'weft trian'; did you mean train? the commands are {ALL}"),
+        (["config"], "no command given; the commands are show, validate, schema; see weft config --help"),
+        (
+            ["config", "shw"],
+            "unknown command 'weft config shw'; did you mean show? the commands are show, validate, schema",
+        ),
+        (["train"], "the following arguments are required: CONFIG; see weft train --help"),
+        (["train", CONFIG, "--frehs"], "unrecognized arguments: --frehs; did you mean --fresh? see weft train --help"),
+        (
+            ["train", CONFIG, "--stop-after=x"],
+            "argument --stop-after: invalid int value: 'x'; see weft train --help",
+        ),
+        (["train", "nope.yaml"], "nope.yaml does not exist; give the path of a YAML file"),
+        (
+            ["config", "show", "configs/debug_atention.yaml"],
+            "configs/debug_atention.yaml does not exist; did you mean debug_attention.yaml?",
+        ),
+        (
+            ["train", CONFIG, "train.stesp=3"],
+            "train.stesp: unknown key; did you mean steps? train takes steps, global_batch, micro_batch, log_every, "
+            "eval_every, eval_batches, save_every, keep_checkpoints, dtype",
+        ),
+        (
+            ["train", CONFIG, "steps"],
+            "'steps' is no override; write a dotted key and a value, such as train.steps=100",
+        ),
+        (
+            ["config", "show", CONFIG, "model.d_model=62"],
+            "model.layers.A: d_model 62 is not a multiple of num_heads 4; give head_dim, or change one",
+        ),
+        (
+            ["check", CONFIG, "--mesh", "tpp=2"],
+            "mesh has no key 'tpp'; did you mean tp? the keys are dp, fsdp, hsdp, tp, cp, ep, etp, pp, schedule",
+        ),
+        (
+            ["plugins", "mxer"],
+            "there is no slot 'mxer'; did you mean mixer? "
+            "the slots are mixer, ffn, residual, values, norm, shortcut, scaling, depth",
+        ),
+        (["eval", "nope"], "nope has no checkpoint; give the folder of a run that has saved one"),
+        (["export", "nope", "out"], "nope has no checkpoint; give the folder of a run that has saved one"),
+        (["generate", "nope", "Hi"], "nope has no checkpoint; give the folder of a run that has saved one"),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
+    assert refused(capsys, *arguments) == sentence
+
+
+def test_a_mesh_that_cannot_hold_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "tp is 3, which does not divide" in refused(capsys, "config", "show", CONFIG, "mesh.tp=3")
+    assert "ep is 2" in refused(capsys, "config", "show", CONFIG, "mesh.ep=2", "mesh.dp=2")
+    assert "stages" in refused(capsys, "config", "show", CONFIG, "mesh.pp=8")
+
+
+def test_traceback_on_request(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_TRACEBACK", "1")
+    assert main(["config", "show", "nope.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.endswith(
+        "weft: nope.yaml does not exist; give the path of a YAML file\n"
+    )
+
+
+def test_other_ranks_say_who_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert main(["config", "show", "nope.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("weft (rank 3): nope.yaml")
+
+
+def test_many_lines_become_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("one\n   two")
+
+    monkeypatch.setattr("launch.runs.load_run", fail)
+    assert refused(capsys, "config", "show", CONFIG) == "one two"
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("launch.runs.load_run", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["config", "show", CONFIG])
+
+
+def test_help_names_all_commands_and_loads_nothing_heavy() -> None:
+    script = (
+        "import sys; from launch.cli import main; code = main(['--help']); "
+        "assert not {'torch', 'yaml', 'pydantic', 'transformers'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(re.findall(r"^  (\w+)", done.stdout, re.MULTILINE)) == set(find_commands())
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in find_commands().items():
+        parts = {(name,): command} if isinstance(command, Command) else {(name, k): c for k, c in command.items()}
+        for path in parts:
+            with pytest.raises(SystemExit) as caught:
+                main([*path, "--help"])
+            assert caught.value.code == 0
+            assert capsys.readouterr().out.startswith(f"usage: weft {' '.join(path)} ")
+
+
+def test_config_show_is_a_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = printed(capsys, "config", "show", CONFIG, "train.steps=7", "model.layers.A.mixer.num_heads=8")
+    file = tmp_path / "shown.yaml"
+    file.write_text(text)
+    assert "  steps: 7\n" in text and "num_heads: 8\n" in text and "schedule: 1f1b\n" in text
+    assert printed(capsys, "config", "show", str(file)) == text
+
+
+def test_config_validate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bad, worse = tmp_path / "bad.yaml", tmp_path / "worse.yaml"
+    bad.write_text(f"base: {ROOT / CONFIG}\ntrain: {{steps: 0}}\n")
+    worse.write_text("a: [")
+    assert main(["config", "validate", CONFIG, str(bad), str(worse)]) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{CONFIG}: ok\n"
+    assert err.splitlines()[0] == f"weft: {bad}: train: steps is 0; it must be at least 1"
+    assert err.splitlines()[1].startswith(f"weft: {worse}:1: ") and len(err.splitlines()) == 2
+
+
+def test_config_schema(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    assert printed(capsys, "config", "schema", "-o", str(file)) == ""
+    assert json.loads(printed(capsys, "config", "schema")) == json.loads(file.read_text())
+    assert json.loads(file.read_text())["title"] == "Weft run"
+
+
+def test_plugins(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "plugins")
+    assert re.search(r"^  attention +Causal softmax attention.* models/mixers/attention\.py$", text, re.MULTILINE)
+    assert text.startswith("mixer\n") and "\n\nffn\n" in text
+    rows = json.loads(printed(capsys, "plugins", "norm", "--json"))
+    assert [(row["slot"], row["kind"]) for row in rows] == [("norm", "peri"), ("norm", "post"), ("norm", "pre")]
+    assert rows[0]["fields"] == [{"name": "eps", "help": "", "default": 1e-6}]
+    assert rows[0]["file"] == str(ROOT / "models/norms/peri.py")
+
+
+def test_a_plug_in_from_outside_is_listed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scaling").mkdir()
+    (tmp_path / "scaling" / "cli_outside.py").write_text(
+        "import dataclasses\n\nfrom models.slots import ScalingConfig\n\n\n@dataclasses.dataclass(frozen=True)\n"
+        'class Outside(ScalingConfig, kind="cli_outside"):\n    """From elsewhere."""\n'
+    )
+    monkeypatch.setenv("WEFT_PLUGINS", str(tmp_path))
+    import models.scaling
+
+    path, known = list(models.scaling.__path__), dict(scaling_registry())
+    try:
+        assert re.search(rf"cli_outside +From elsewhere\. +{re.escape(str(tmp_path))}", printed(capsys, "plugins"))
+    finally:
+        models.scaling.__path__[:] = path
+        scaling_registry().clear()
+        scaling_registry().update(known)
+
+
+def scaling_registry() -> dict[str, Any]:
+    from models.slots import ScalingConfig
+
+    return ScalingConfig.registry
+
+
+def test_check_reports(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from parallel import check
+    from parallel.mesh import MeshConfig
+
+    calls: list[tuple[Any, ...]] = []
+
+    def run(config: Any, mesh: MeshConfig, settings: check.Settings) -> check.Report:
+        calls.append((config, mesh, settings))
+        gradient = 3e-15 if mesh.tp == 2 else 0.5
+        return check.Report(str(mesh), check.Tolerance.of(settings.dtype), 0.0, 0.0, {"w": gradient}, {}, {}, [], [])
+
+    monkeypatch.setattr(check, "run", run)
+    assert printed(capsys, "check", CONFIG, "--mesh", "tp=2", "model.d_model=32") == (
+        "tp=2 equals one process: loss to 0.0e+00, every gradient to 3.0e-15\n"
+    )
+    assert calls[0][0].d_model == 32 and calls[0][2].dtype == torch.float64
+    assert main(["check", CONFIG, "--mesh", "pp=2,schedule=zbv", "--dtype", "float32"]) == 1
+    assert capsys.readouterr().out == (
+        "pp=2,schedule=zbv differs from one process:\n  gradient of w: 5.0e-01 > 1e-03\n"
+    )
+    assert main(["check", CONFIG, "--mesh", "pp=2", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_train_of_several_ranks_becomes_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Replaced(BaseException):
+        pass
+
+    called: list[Any] = []
+
+    def execve(*arguments: Any) -> None:
+        called.extend(arguments)
+        raise Replaced
+
+    monkeypatch.setattr(os, "execve", execve)
+    with pytest.raises(Replaced):
+        main(["train", CONFIG, "mesh.tp=2", "--stop-after", "3", "--fresh"])
+    _, command, env = called
+    assert command[1:] == [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "launch.cli"),
+        *("train", CONFIG, "mesh.tp=2", "--stop-after=3", "--fresh"),
+    ]
+    assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT) and env["PYTHONSAFEPATH"] == "1"
+
+
+def test_the_environment_keeps_what_was_there() -> None:
+    assert environment({"PYTHONPATH": "/a", "B": "1"})["PYTHONPATH"] == f"{ROOT}{os.pathsep}/a"
+    assert environment({"B": "1"}) == {"B": "1", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+
+
+def test_from_text_to_text(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """prepare, train, eval, generate and export hand on to one another."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    said = printed(
+        capsys, "prepare", str(data), "configs", "--suffix", ".yaml", *("--vocab-size=400", "--valid-bytes=2000")
+    )
+    assert re.match(rf"{re.escape(str(data))}/train: \d+ documents, [\d,]+ tokens\n", said)
+    paths = [f"data.train={data}/train", f"data.valid={data}/valid", f"data.tokenizer={data}/tokenizer.model"]
+    assert main(["train", CONFIG, f"run.dir={run}", *paths, *SMALL]) == 0
+    capsys.readouterr()
+    assert set(json.loads(printed(capsys, "eval", str(run), "--json"))) >= {"loss", "perplexity", "bits_per_byte"}
+    assert printed(capsys, "generate", str(run), "base: ", "", "--max-new-tokens", "3").startswith("base: ")
+
+    exported: list[Any] = []
+    monkeypatch.setattr("models.hf.export.export", lambda *arguments: exported.extend(arguments))
+    assert "step-00000002" in printed(capsys, "export", str(run), str(tmp_path / "out"))
+    config, weights, out, options = exported
+    assert config.d_model == 32 and "embed.weight" in weights and out == tmp_path / "out"
+    assert options.tokenizer == f"{data}/tokenizer.model" and options.max_length == 16
