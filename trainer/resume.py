@@ -27,6 +27,9 @@ def on_main(mesh_is_main: bool, action: Callable[[], T]) -> T:
             answer[0] = action()
         except (OSError, ValueError) as error:
             answer[1] = error
+        except Exception as error:
+            # Others, such as safetensors' own, may not survive the journey; their text does.
+            answer[1] = RuntimeError(f"{type(error).__name__}: {error}")
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
     if answer[1] is not None:

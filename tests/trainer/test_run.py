@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from models.lm import LM
 from parallel.mesh import Mesh, MeshConfig
@@ -153,6 +154,25 @@ def test_errors_reach_every_rank(data: Path, tmp_path: Path, pool: Pool, mesh: s
     (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
     with pytest.raises(RankError, match="are damaged"):
         pool.run(runs.run_through, 2, config, timeout=60)
+
+
+def test_a_failed_save_reaches_every_rank(data: Path, tmp_path: Path, pool: Pool) -> None:
+    config = runs.run_config(data, tmp_path / "run", MeshConfig(dp=2))
+    assert pool.run(run_on_a_full_disk, 2, config, timeout=60) == ["SafetensorError: no space left"] * 2
+    assert not checkpoint.steps(tmp_path / "run" / "checkpoints")
+
+
+def run_on_a_full_disk(config: runs.RunConfig) -> str:
+    def fail(*_: object) -> None:
+        raise SafetensorError("no space left")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", fail)
+        try:
+            runs.run_through(config)
+        except RuntimeError as error:
+            return str(error)
+    return "saved"
 
 
 @pytest.mark.parametrize("mesh", MESHES)
