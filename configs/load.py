@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError, did_you_mean
+from configs.errors import ConfigError, did_you_mean, shown
 from configs.text import parse_yaml
 
 Data = dict[str, Any]
+DEEPEST = 50
 
 
 def load(file: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Data:
@@ -38,12 +39,12 @@ def read(file: Path, above: tuple[Path, ...]) -> Data:
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{file}: holds {data!r}, not a mapping; write key: value lines")
+        raise ConfigError(f"{file}: holds {shown(data)}, not a mapping; write key: value lines")
     refuse_odd_keys(data, str(file))
     bases = data.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{file}: base is {bases!r}; it takes a file, or a list of files")
+        raise ConfigError(f"{file}: base is {shown(bases)}; it takes a file, or a list of files")
     below: Data = {}
     for base in bases:
         below = merge(below, read(file.parent / base, (*above, here)))
@@ -63,14 +64,18 @@ def text_of(file: Path, above: tuple[Path, ...]) -> str:
         raise ConfigError(f"{file}: cannot be read: {reason}; give a YAML file") from error
 
 
-def refuse_odd_keys(data: Any, path: str) -> None:
-    """Keys are text; YAML reads 1 and true as something else."""
+def refuse_odd_keys(data: Any, path: str, depth: int = 0) -> None:
+    """Keys are text, which YAML's 1 and true are not, and an alias does not stand inside of what it names."""
+    if depth > DEEPEST:
+        raise ConfigError(
+            f"{path}: is nested more than {DEEPEST} deep; take out the alias that names what it stands in"
+        )
     for value in data if isinstance(data, list) else ():
-        refuse_odd_keys(value, path)
+        refuse_odd_keys(value, path, depth + 1)
     for key, value in data.items() if isinstance(data, dict) else ():
         if not isinstance(key, str):
-            raise ConfigError(f"{path}: the key {key!r} is not text; write it in quotes")
-        refuse_odd_keys(value, path)
+            raise ConfigError(f"{path}: the key {shown(key)} is not text; write it in quotes")
+        refuse_odd_keys(value, path, depth + 1)
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Data:
@@ -102,7 +107,7 @@ def override(text: str, data: Mapping[str, Any]) -> Data:
             break
         if not isinstance(here, Mapping):
             whole = ".".join(keys[: depth + 1])
-            raise ConfigError(f"{path}: {whole} is {here!r}, which has no keys; write {whole}=... instead")
+            raise ConfigError(f"{path}: {whole} is {shown(here)}, which has no keys; write {whole}=... instead")
     for key in reversed(keys):
         parsed = {key: parsed}
     return parsed

@@ -1,7 +1,7 @@
 """The JSON schema (draft 2020-12) of a config type, for editors that complete and check YAML.
 
-It describes a whole config, with its bases and overrides merged in. Combinations that a dataclass refuses in
-`__post_init__` are beyond it; `configs.validate` has the last word.
+It describes a whole config, with its bases and overrides merged in, or one file of it. Combinations that a dataclass
+refuses in `__post_init__` are beyond it; `configs.validate` has the last word.
 """
 
 import dataclasses
@@ -24,6 +24,23 @@ def schema(annotation: Any, title: str) -> Schema:
     root = reference(annotation, definitions)
     definitions = {name: definitions[name] for name in sorted(definitions)}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **root, "$defs": definitions}
+
+
+def of_files(whole: Schema) -> Schema:
+    """The schema of a file that may have a base: the same, but nothing is required, since the base may have it."""
+
+    def relaxed(value: Any) -> Any:
+        if isinstance(value, dict):
+            is_object = value.get("type") == "object"
+            return {key: relaxed(item) for key, item in value.items() if not (is_object and key == "required")}
+        return [relaxed(item) for item in value] if isinstance(value, list) else value
+
+    out = relaxed(whole)
+    root = out["$defs"][out["$ref"].rpartition("/")[2]]
+    text = {"type": "string"}
+    base = {"anyOf": [text, {"type": "array", "items": text}], "description": "files below this one; later ones win"}
+    root["properties"] = {"base": base, **root["properties"]}
+    return out
 
 
 def reference(annotation: Any, definitions: dict[str, Schema]) -> Schema:

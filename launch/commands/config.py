@@ -38,14 +38,16 @@ def validate(args: argparse.Namespace) -> int:
 
 
 def schema_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--files", action="store_true", help="of files with a base, in which nothing is required")
     parser.add_argument("-o", "--output", metavar="FILE", help="default: the standard output")
 
 
 def write_schema(args: argparse.Namespace) -> int:
-    from configs.schema import schema
+    from configs.schema import of_files, schema
     from trainer.config import RunConfig
 
-    text = json.dumps(schema(RunConfig, "Weft run"), indent=2) + "\n"
+    whole = schema(RunConfig, "Weft run")
+    text = json.dumps(of_files(whole) if args.files else whole, indent=2) + "\n"
     if args.output is None:
         print(text, end="")
     else:

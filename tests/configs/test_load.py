@@ -128,6 +128,8 @@ def test_cycle(tmp_path: Path) -> None:
         ("base: 3", "{}: base is 3; it takes a file, or a list of files"),
         ("base: [a.yaml, 3]", "{}: base is ['a.yaml', 3]; it takes a file, or a list of files"),
         ("a:\n  - {1: 2}", "{}: the key 1 is not text; write it in quotes"),
+        ("true: 2", "{}: the key true is not text; write it in quotes"),
+        ("a: &x [*x]", "{}: is nested more than 50 deep; take out the alias that names what it stands in"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, sentence: str) -> None:

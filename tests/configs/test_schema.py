@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from configs.schema import field_words, schema
+from configs.schema import field_words, of_files, schema
 from models.mixers.attention import AttentionConfig
 from models.slots import MixerConfig
 from trainer.config import RunConfig, TrainConfig
@@ -41,6 +41,16 @@ def test_defaults_are_plain_data() -> None:
     assert got["RunConfig"]["properties"]["schedule"]["default"]["kind"] == "cosine"
     assert got["AdamWConfig"]["properties"]["betas"]["default"] == [0.9, 0.95]
     assert got["LMConfig"]["properties"]["residual"]["default"] == {"kind": "plain"}
+
+
+def test_files_require_nothing_and_name_their_base() -> None:
+    whole = schema(RunConfig, "run")
+    got = of_files(whole)
+    assert "required" in whole["$defs"]["RunConfig"]
+    assert not any("required" in definition for definition in got["$defs"].values())
+    assert got["$defs"]["RunConfig"]["properties"]["base"]["anyOf"][0] == {"type": "string"}
+    assert "base" not in whole["$defs"]["RunConfig"]["properties"]
+    assert got["$defs"]["LMConfig"]["properties"] == whole["$defs"]["LMConfig"]["properties"]
 
 
 def test_words_of_fields() -> None:
