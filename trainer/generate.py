@@ -74,7 +74,7 @@ def prefill(model: LM, prompts: list[list[int]]) -> tuple[Tensor, dict[str, dict
     index_BT = torch.arange(longest, device=device).expand(len(prompts), -1)
     out = model(
         torch.tensor(padded, device=device),
-        documents_BT=torch.where(index_BT < length_B[:, None], 0, -1),
+        documents_BT=torch.where(index_BT < length_B[:, None], 0, -1) if len(set(length_B.tolist())) > 1 else None,
         positions_BT=index_BT,
         cache={},
         keep_BK=length_B[:, None] - 1,

@@ -106,13 +106,16 @@ class Attention(Mixer):
             cos, sin = angles(side.positions_BT, rotated, config.rope_theta, dtype)
             q_BTHK, k_BSJK = rotate(q_BTHK, cos, sin), rotate(k_BSJK, cos, sin)
         gate_BS = heads.get(KEY_GATE)
-        if cache is None and side.documents is None and config.window is None and gate_BS is None:
+        causal = not cache and side.documents is None and config.window is None and gate_BS is None
+        if causal and cache is None:
             return attend(q_BTHK, k_BSJK, v_BSJV, None), None
         documents_BS = side.documents_BT if side.documents is not None else torch.zeros_like(side.positions_BT)
         assert documents_BS is not None
         keys: Cache = {"k": k_BSJK, "v": v_BSJV, "positions": side.positions_BT, "documents": documents_BS}
         if gate_BS is not None:
             keys[KEY_GATE] = gate_BS
+        if causal:
+            return attend(q_BTHK, k_BSJK, v_BSJV, None), keys  # a prompt needs no mask of T x T elements
         if cache:
             keys = {name: torch.cat([cache[name], new], dim=1) for name, new in keys.items()}
         bias_BTS = visibility(side.positions_BT, documents_BS, keys["positions"], keys["documents"], config.window)

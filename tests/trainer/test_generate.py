@@ -42,7 +42,9 @@ CONFIGS |= {f"drawn-{seed}": tiny.draw(seed) for seed in range(4)}
 @pytest.mark.parametrize("case", [case for case, config in CONFIGS.items() if not any(refusals(config))])
 def test_prompts_of_different_lengths(case: str) -> None:
     model = spread(CONFIGS[case]).eval()
-    assert generate(model, PROMPTS, 5) == [stepwise(model, prompt, 5) for prompt in PROMPTS]
+    expected = [stepwise(model, prompt, 5) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, 5) == expected
+    assert generate(model, PROMPTS[:1], 5) == expected[:1]
 
 
 def test_it_ends_at_eos() -> None:
