@@ -1,6 +1,7 @@
 """The model's config: widths, a layer pattern, and one plug-in per slot."""
 
 import dataclasses
+from typing import TypeVar
 
 from models.plugin import Plugin
 from models.slots import (
@@ -15,6 +16,8 @@ from models.slots import (
     ValuesConfig,
 )
 
+Slot = TypeVar("Slot", bound=Plugin)
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
@@ -25,7 +28,7 @@ class LayerConfig:
     norm: NormConfig | None = None
 
 
-def default(slot: type[Plugin], kind: str):
+def default(slot: type[Slot], kind: str) -> Slot:
     return dataclasses.field(default_factory=lambda: slot.of_kind(kind)())
 
 
@@ -64,7 +67,9 @@ class LMConfig:
                 f"layers defines {', '.join(self.layers)}"
             )
         if unused := [key for key in self.layers if key not in self.pattern]:
-            raise ValueError(f"layers defines {unused[0]!r}, which pattern {self.pattern!r} never uses; remove one or use it")
+            raise ValueError(
+                f"layers defines {unused[0]!r}, which pattern {self.pattern!r} never uses; remove one or use it"
+            )
 
     @property
     def expanded(self) -> tuple[LayerConfig, ...]:

@@ -75,9 +75,7 @@ Branch = TypeVar("Branch", bound=MixerBranch | FFNBranch)
 class Sublayer(nn.Module, Generic[Branch]):
     """read -> norm -> branch -> norm -> write. `boundary` and `row` are where tensor parallelism takes hold."""
 
-    def __init__(
-        self, connection: Connection, placement: Placement, branch: Branch, scaling: nn.Module
-    ) -> None:
+    def __init__(self, connection: Connection, placement: Placement, branch: Branch, scaling: nn.Module) -> None:
         super().__init__()
         self.connection, self.placement, self.branch, self.scaling = connection, placement, branch, scaling
         self.boundary = Boundary()

@@ -6,7 +6,7 @@ Shape suffixes: B batch, T sequence, D model width, V vocabulary.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Output(NamedTuple):
 
     loss: Tensor | None = None
     token_loss: Tensor | None = None
-    count: Tensor | None = None
+    count: Tensor | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
     losses: Mapping[str, Tensor] = MappingProxyType({})
     stats: Mapping[str, Tensor] = MappingProxyType({})
     logits: Tensor | None = None
@@ -62,6 +62,11 @@ class LM(nn.Module):
         self.boundaries = self._boundaries()
         self.aliases: dict[str, str] = {}
 
+    @property
+    def blocks(self) -> list[Layer]:
+        """The layers that are present, in order."""
+        return cast(list[Layer], list(self.layers.values()))
+
     def prune(self, start: int, stop: int) -> None:
         """Keep layers start..stop-1, with the embedding if they are the first and the head if they are the last.
 
@@ -82,7 +87,7 @@ class LM(nn.Module):
     def _boundaries(self) -> list[list[Entry]]:
         """The entries alive before layer 0, 1, ..., and after the last: those that are read before they are written."""
         assert self.opener is not None and self.closer is not None
-        layers: list[Layer] = list(self.layers.values())  # type: ignore[arg-type]
+        layers = self.blocks
         live: list[set[str]] = [set(self.closer.reads)]
         for layer in reversed(layers):
             alive = set(live[0])
@@ -132,13 +137,14 @@ class LM(nn.Module):
         if self.embed is not None and self.embed_norm is not None and self.opener is not None:
             state = self.opener(self.embed_norm(self.embed(local.tokens_BT)))
         assert state is not None, "a stage without the embedding needs the previous stage's state"
-        state = dict(state)
-        total = state.pop(LOSSES.name, None)
+        entries: State = dict(state)
+        total = entries.pop(LOSSES.name, None)
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
         caches: dict[str, Cache] | None = None if cache is None else {}
-        for name, layer in self.layers.items():
-            state, extras = layer(state, side, local, None if cache is None else cache.get(name, {}))
+        for layer in self.blocks:
+            name = str(layer.index)
+            entries, extras = layer(entries, side, local, None if cache is None else cache.get(name, {}))
             for key, loss in extras.losses.items():
                 total = loss.reshape(1) if total is None else total + loss.reshape(1)
                 losses[key] = losses.get(key, 0) + loss.detach()
@@ -146,9 +152,9 @@ class LM(nn.Module):
             if caches is not None and extras.cache is not None:
                 caches[name] = extras.cache
         if self.head is None or self.norm is None or self.closer is None:
-            state = state if total is None else {**state, LOSSES.name: total}
-            return Output(losses=losses, stats=stats, state=state)
-        h_BTD = self.norm(self.closer(state))
+            entries = entries if total is None else {**entries, LOSSES.name: total}
+            return Output(losses=losses, stats=stats, state=entries)
+        h_BTD = self.norm(self.closer(entries))
         if targets_BT is None:
             if keep_BK is not None:
                 h_BTD = h_BTD.take_along_dim(keep_BK[..., None], dim=1)
@@ -161,7 +167,7 @@ class LM(nn.Module):
 
     def after_step(self, stats: dict[str, Tensor]) -> None:
         """Hand each layer its statistics of the whole step (bias balancing)."""
-        for name, layer in self.layers.items():
-            prefix = f"layers.{name}.ffn."
+        for layer in self.blocks:
+            prefix = f"layers.{layer.index}.ffn."
             own = {key.removeprefix(prefix): value for key, value in stats.items() if key.startswith(prefix)}
             layer.ffn.branch.ffn.after_step(own)

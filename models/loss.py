@@ -25,6 +25,8 @@ def lookup(weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:
 class Embedding(nn.Module):
     """Token ids to vectors. `lookup` is replaced where the vocabulary is split over ranks."""
 
+    weight: nn.Parameter
+
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
         declare(self, "weight", (vocab_size, d_model), Normal(0.02), (Axis("vocab", vocab_size), None))
@@ -36,6 +38,8 @@ class Embedding(nn.Module):
 
 class Head(nn.Module):
     """Vectors to logits or to the loss. A tied head owns no parameter and is handed the embedding's."""
+
+    weight: nn.Parameter
 
     def __init__(self, vocab_size: int, d_model: int, tied: bool) -> None:
         super().__init__()

@@ -126,6 +126,9 @@ def initialize(model: nn.Module, seed: int) -> None:
 class Linear(nn.Module):
     """`y_NO = x_ND @ weight_OD.T (+ bias_O)` with declared axes; `axis` splits outputs, `in_axis` inputs."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         d_in: int,
@@ -138,9 +141,8 @@ class Linear(nn.Module):
         bias_init: Init | None = None,
     ) -> None:
         super().__init__()
-        self.weight: nn.Parameter
         declare(self, "weight", (d_out, d_in), init or Normal(0.02), (axis, in_axis))
-        self.bias: nn.Parameter | None = None
+        self.bias = None
         if bias:
             del self.bias
             declare(self, "bias", (d_out,), bias_init or Constant(0.0), (axis,))
@@ -152,10 +154,11 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """`x * weight / sqrt(mean(x^2) + eps)` over the last dimension (Zhang & Sennrich, arXiv 1910.07467)."""
 
+    weight: nn.Parameter
+
     def __init__(self, dim: int, eps: float, init: float = 1.0) -> None:
         super().__init__()
         self.eps = eps
-        self.weight: nn.Parameter
         declare(self, "weight", (dim,), Constant(init))
 
     def forward(self, x: Tensor) -> Tensor:

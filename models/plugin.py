@@ -1,8 +1,8 @@
 """Slots and their kinds: a config class names its kind once, and is found by scanning the slot's folder.
 
 A slot is a base class made with `slot=` and `folder=`; a kind is a frozen dataclass that subclasses it with `kind=`.
-Folders named by the environment variable WEFT_PLUGINS (os.pathsep between them) are scanned too: `<folder>/mixers/mine.py`
-is imported as `models.mixers.mine`, so that an idea can live outside this repository.
+Folders named by the environment variable WEFT_PLUGINS (os.pathsep between them) are scanned too:
+`<folder>/mixers/mine.py` is imported as `models.mixers.mine`, so that an idea can live outside this repository.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import os
 import pkgutil
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, cast
 
 
 class Plugin:
@@ -39,7 +39,7 @@ class Plugin:
             cls.registry[kind] = cls
 
     @classmethod
-    def kinds(cls) -> dict[str, type["Plugin"]]:
+    def kinds(cls) -> dict[str, type[Self]]:
         """Import every file of the slot's folder and return its kinds by name."""
         package = importlib.import_module(cls.folder)
         for root in filter(None, os.environ.get("WEFT_PLUGINS", "").split(os.pathsep)):
@@ -49,13 +49,13 @@ class Plugin:
                 importlib.invalidate_caches()
         for info in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{cls.folder}.{info.name}")
-        return dict(sorted(cls.registry.items()))
+        return cast(dict[str, type[Self]], dict(sorted(cls.registry.items())))
 
     @classmethod
-    def of_kind(cls, kind: str) -> type["Plugin"]:
+    def of_kind(cls, kind: str) -> type[Self]:
         """The config class of `kind`; ValueError, with the nearest spelling, when there is none."""
         if kind in cls.registry:
-            return cls.registry[kind]
+            return cast(type[Self], cls.registry[kind])
         kinds = cls.kinds()
         if kind not in kinds:
             near = difflib.get_close_matches(str(kind), kinds, n=1)

@@ -1,4 +1,7 @@
-"""Combinations that are refused, each with its reason and a way out. Everything else is allowed, and proven by the matrix."""
+"""Combinations that are refused, each with its reason and a way out.
+
+Everything else is allowed, and proven by the matrix.
+"""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,8 +15,8 @@ def reasons(config: "LMConfig") -> Iterator[str]:
     layers = config.expanded
     if config.shortcut.kind != "none" and not config.residual.takes_shortcut:
         yield (
-            f"shortcut {config.shortcut.kind} acts on one identity path, which residual {config.residual.kind} does not "
-            "have; use shortcut none, or a residual that has one, such as plain or ladder"
+            f"shortcut {config.shortcut.kind} acts on one identity path, which residual {config.residual.kind} does "
+            "not have; use shortcut none, or a residual that has one, such as plain or ladder"
         )
     if config.depth.mirrors and len(layers) % 2:
         yield (
@@ -32,8 +35,8 @@ def reasons(config: "LMConfig") -> Iterator[str]:
         for index, (heads, width) in enumerate(shapes):
             if (heads, width) != shapes[0]:
                 yield (
-                    f"values {config.values.kind} adds layer 0's values ({shapes[0][0]} heads of width {shapes[0][1]}) to "
-                    f"every layer's, and layer {index} ({layers[index].mixer.kind}) has {heads} of width {width}; "
+                    f"values {config.values.kind} adds layer 0's values ({shapes[0][0]} heads of width {shapes[0][1]}) "
+                    f"to every layer's, and layer {index} ({layers[index].mixer.kind}) has {heads} of width {width}; "
                     "give all layers the same value heads and width, or use values own"
                 )
 

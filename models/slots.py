@@ -39,7 +39,10 @@ class LayerContext:
 
 
 class Mixer(nn.Module):
-    """A sequence mixer, cut where heads meet the sequence: project (token-wise), core (per head), merge (token-wise)."""
+    """A sequence mixer, cut where heads meet the sequence.
+
+    project is token-wise, core per head along the sequence, merge token-wise.
+    """
 
     def project(self, views: Views, side: Side) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Token-wise. Returns (core inputs, each [B, T, H, ...], "v" among them; what only `merge` needs)."""

@@ -5,6 +5,8 @@ Shape suffixes: B batch, T sequence (this rank's share of it where tokens are sp
 
 import dataclasses
 import enum
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -44,7 +46,10 @@ class Entry:
 
 
 class Views(NamedTuple):
-    """What a branch reads: the inputs of its query, key and value paths. One tensor unless the topology mixes them apart."""
+    """What a branch reads: the inputs of its query, key and value paths.
+
+    One tensor unless the topology mixes them apart.
+    """
 
     q_BTD: Tensor
     k_BTD: Tensor
@@ -54,7 +59,7 @@ class Views(NamedTuple):
     def same(cls, x_BTD: Tensor) -> "Views":
         return cls(x_BTD, x_BTD, x_BTD)
 
-    def map(self, function) -> "Views":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Views":
         """Apply `function` to each distinct tensor once."""
         done: dict[int, Tensor] = {}
         for view in self:
@@ -72,9 +77,9 @@ class Result(NamedTuple):
     """
 
     out_BTD: Tensor
-    writes: State = {}
-    losses: dict[str, Tensor] = {}
-    stats: dict[str, Tensor] = {}
+    writes: Mapping[str, Tensor] = MappingProxyType({})
+    losses: Mapping[str, Tensor] = MappingProxyType({})
+    stats: Mapping[str, Tensor] = MappingProxyType({})
     cache: dict[str, Tensor] | None = None
 
 

@@ -1,8 +1,9 @@
 """`weft check`: one optimiser step of a config on a mesh of gloo processes, compared with one process.
 
-Compared, in float64: initial weights bit for bit, the loss, every parameter's gradient, the gradient norm, routing statistics,
-every parameter after an AdamW step and a clipped gradient, and that replicas stayed bitwise equal. The batch has uneven
-token counts, packed documents, padding and a length that does not divide; zero initialisations are shaken first.
+Compared, in float64: initial weights bit for bit, the loss, every parameter's gradient, the gradient norm, routing
+statistics, every parameter after an AdamW step and a clipped gradient, and that replicas stayed bitwise equal. The
+batch has uneven token counts, packed documents, padding and a length that does not divide; zero initialisations are
+shaken first.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
-"""Context parallelism by Ulysses (DeepSpeed-Ulysses, arXiv 2309.14509): every mixer's core sees the whole sequence of its heads.
+"""Context parallelism by Ulysses (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-Around `core` heads are exchanged for tokens and back; projections and merges stay on the rank's share of the sequence.
+Every mixer's core sees the whole sequence of its heads. Around `core` heads are exchanged for tokens and back;
+projections and merges stay on the rank's share of the sequence.
 Shape suffixes: B batch, T sequence (share), H heads.
 """
 
@@ -27,7 +28,10 @@ class UlyssesCore(LocalCore):
         return self.to_tokens(out_BTHV), None
 
     def to_heads(self, x_BTH: Tensor) -> Tensor:
-        """[B, T, H, ...] to [B, T * cp, H / cp, ...]; fewer heads than ranks are repeated, and their gradients add up."""
+        """[B, T, H, ...] to [B, T * cp, H / cp, ...].
+
+        Fewer heads than ranks are repeated, and their gradients add up.
+        """
         n, heads = self.cp.size, x_BTH.shape[2]
         if heads % n:
             x_BTH = x_BTH.repeat_interleave(n // heads, 2)
@@ -52,5 +56,5 @@ class UlyssesCore(LocalCore):
 
 def parallelize(model: LM, mesh: Mesh) -> None:
     if mesh.cp.size > 1:
-        for layer in model.layers.values():
-            layer.mixer.branch.run_core = UlyssesCore(mesh.cp)  # type: ignore[union-attr]
+        for layer in model.blocks:
+            layer.mixer.branch.run_core = UlyssesCore(mesh.cp)

@@ -35,7 +35,7 @@ def parallelize(root: nn.Module, model: LM, mesh: Mesh) -> None:
         else:
             fully_shard(module, mesh=mesh.expert_fsdp_mesh)
     if not one_unit:
-        for layer in model.layers.values():
+        for layer in model.blocks:
             fully_shard(layer, mesh=mesh.fsdp_mesh, ignored_params=whole)
     fully_shard(root, mesh=mesh.fsdp_mesh, ignored_params=whole)
     for module in root.modules():

@@ -40,8 +40,11 @@ class Batch:
 
 @dataclasses.dataclass
 class StepOutput:
-    """Equal on all ranks. loss: mean cross-entropy over the step's valid targets. losses: other losses, likewise divided
-    by the token count. stats: sums over the step."""
+    """Equal on all ranks.
+
+    loss: mean cross-entropy over the step's valid targets. losses: other losses, likewise divided by the token count.
+    stats: sums over the step.
+    """
 
     loss: Tensor
     tokens: int
@@ -146,6 +149,7 @@ class Engine:
                 model.set_requires_gradient_sync(index == micro_batches - 1)
             side = {name: parts[index] for name, parts in chunks.items()}
             out = self._forward(side)
+            assert out.loss is not None
             (out.loss * scale).backward()
             record.add(out)
         return record

@@ -1,8 +1,8 @@
-"""The gradient rule, in one place: after the last micro-batch every gradient is summed once over the ranks that saw a part.
+"""The gradient rule: after the last micro-batch every gradient is summed once over the ranks that saw a part.
 
-The loss is divided by the global token count before backward, so sums are all there is. A parameter's ranks follow from how
-it is held: FSDP has summed its own over data and context ranks; plain ones are summed here; pieces that several tensor
-ranks hold saw only local tokens or heads, and are summed over those; copies on other stages are summed last.
+The loss is divided by the global token count before backward, so sums are all there is. A parameter's ranks follow from
+how it is held: FSDP has summed its own over data and context ranks; plain ones are summed here; pieces that several
+tensor ranks hold saw only local tokens or heads, and are summed over those; copies on other stages are summed last.
 """
 
 import dataclasses

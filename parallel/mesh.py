@@ -1,7 +1,7 @@
 """The mesh: how many ranks of each kind, refused in one sentence when it cannot be, and the process groups they form.
 
-Ranks are numbered (pp, replicate, shard, cp, tp), tp fastest. Expert ranks are borrowed: the ranks of one pipeline stage
-are also numbered (expert data, ep), ep fastest, so `ep` costs no ranks of its own.
+Ranks are numbered (pp, replicate, shard, cp, tp), tp fastest. Expert ranks are borrowed: the ranks of one pipeline
+stage are also numbered (expert data, ep), ep fastest, so `ep` costs no ranks of its own.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ SPLIT_BACKWARD = ("zero_bubble", "zbv", "dualpipev")
 class MeshConfig:
     """Degrees of parallelism.
 
-    dp: replicas. fsdp: ranks that share one copy of the parameters. hsdp: "RxS", the same as dp=R with fsdp=S. tp: tensor
-    and sequence. cp: context (Ulysses). ep: experts, over ranks that the other degrees provide. etp: expert tensor.
-    pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved, zero_bubble, zbv or dualpipev.
+    dp: replicas. fsdp: ranks that share one copy of the parameters. hsdp: "RxS", the same as dp=R with fsdp=S.
+    tp: tensor and sequence. cp: context (Ulysses). ep: experts, over ranks that the other degrees provide.
+    etp: expert tensor. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved, zero_bubble, zbv or dualpipev.
     """
 
     dp: int = 1
@@ -149,8 +149,9 @@ def subgroup(rows: list[list[int]]) -> dist.ProcessGroup:
 class Mesh:
     """The groups of one rank.
 
-    tp, cp, ep, pp: as named. data: ranks whose gradients of dense parameters add up (replicate x shard x cp). expert_data: the
-    same for experts. sequence: ranks that share the sequence (cp x tp). stage: all of one pipeline stage.
+    tp, cp, ep, pp: as named. data: ranks whose gradients of dense parameters add up (replicate x shard x cp).
+    expert_data: the same for experts. sequence: ranks that share the sequence (cp x tp). stage: all of one pipeline
+    stage.
     """
 
     def __init__(self, config: MeshConfig, device: str = "cpu") -> None:
@@ -158,7 +159,8 @@ class Mesh:
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world != config.world_size:
             raise ValueError(
-                f"the mesh {config} takes {config.world_size} processes and {world} were started; start {config.world_size}"
+                f"the mesh {config} takes {config.world_size} processes and {world} were started; "
+                f"start {config.world_size}"
             )
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         pp, replicate, shard, cp, tp = config.pp, config.replicate, config.shard, config.cp, config.tp
@@ -195,7 +197,10 @@ class Mesh:
         return Ranks(size, row.index(self.rank), subgroup(rows))
 
     def pipeline_ranks(self, stages: list[int]) -> Ranks:
-        """The pipeline ranks `stages` among those that differ from this rank in pp only; alone if it is not one of them."""
+        """The pipeline ranks `stages` among those that differ from this rank in pp only.
+
+        Alone if it is not one of them.
+        """
         if len(stages) == 1:
             return Ranks()
         ranks = torch.arange(self.config.world_size).view(self.config.pp, -1)[stages].T.tolist()
@@ -203,6 +208,7 @@ class Mesh:
         for row in ranks:
             group = dist.new_group(row)
             if self.rank in row:
+                assert isinstance(group, dist.ProcessGroup)
                 mine = Ranks(len(row), row.index(self.rank), group)
         return mine or Ranks()
 

@@ -33,5 +33,6 @@ def refuse_heads(model: LM, mesh: MeshConfig) -> None:
             if isinstance(axis, Axis) and axis.name in ("heads", "kv_heads") and not fits(axis, degree):
                 near = max(n for n in range(1, mesh.cp + 1) if fits(axis, mesh.tp * n))
                 raise ValueError(
-                    f"cp={mesh.cp} with tp={mesh.tp} needs {degree} to divide the {axis.groups} {axis.name} of {name}; use cp={near}"
+                    f"cp={mesh.cp} with tp={mesh.tp} needs {degree} to divide the {axis.groups} {axis.name} of {name}; "
+                    f"use cp={near}"
                 )

@@ -1,8 +1,8 @@
 """Which piece of every parameter this rank holds, from the axes that the parameter declares.
 
-A parameter is split by its tensor axes (heads, ffn, vocab, kv_heads) over the tensor ranks and by its expert axis over the
-expert ranks; what FSDP cuts further is a DTensor on top of that piece. A kv_heads axis with fewer groups than ranks gives
-several ranks the same piece.
+A parameter is split by its tensor axes (heads, ffn, vocab, kv_heads) over the tensor ranks and by its expert axis over
+the expert ranks; what FSDP cuts further is a DTensor on top of that piece. A kv_heads axis with fewer groups than ranks
+gives several ranks the same piece.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ def split(axis: Axis, size: int, index: int, count: int) -> tuple[int, int, int]
 class Shard:
     """This rank's piece of one parameter.
 
-    name: global. segments: per dimension, (start, length) runs of the whole tensor. pieces: how many distinct pieces the
-    ranks hold; each is held by ranks.size // pieces of them. expert: the piece follows the expert ranks.
+    name: global. segments: per dimension, (start, length) runs of the whole tensor. pieces: how many distinct pieces
+    the ranks hold; each is held by ranks.size // pieces of them. expert: the piece follows the expert ranks.
     """
 
     name: str
@@ -116,7 +116,10 @@ def fill(model: LM, mesh: Mesh, seed: int) -> None:
 
 
 def whole(value: Tensor, piece: Shard, mesh: Mesh) -> Tensor:
-    """The whole tensor from every rank's piece (a collective; value is a parameter, its gradient or optimiser state)."""
+    """The whole tensor from every rank's piece (a collective).
+
+    value: a parameter, its gradient or optimiser state.
+    """
     local = value.full_tensor() if isinstance(value, DTensor) else value.detach().clone()
     ranks: Ranks = mesh.ep if piece.expert else mesh.tp
     if piece.pieces == 1:

@@ -36,7 +36,7 @@ class TensorBoundary(Boundary):
 
     def side(self, side: Side) -> Side:
         assert side.window is not None
-        start, length = side.window
+        _, length = side.window
         return side.narrow(-self.tp.index * length, length * self.tp.size)
 
 
@@ -54,7 +54,10 @@ class VocabLookup:
 
 
 class VocabCrossEntropy:
-    """Cross-entropy over a split vocabulary. Returns the sum over this rank's own tokens; its gradient covers the group's."""
+    """Cross-entropy over a split vocabulary.
+
+    Returns the sum over this rank's own tokens; its gradient covers the group's.
+    """
 
     def __init__(self, tp: Ranks) -> None:
         self.tp = tp
@@ -68,8 +71,8 @@ class VocabCrossEntropy:
 class _SplitCrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[target], the vocabulary split over `tp`, the tokens whole on every rank.
 
-    The loss of the group is the sum of the ranks' shares, so each rank's backward differentiates that sum with respect to
-    its own logits: softmax minus one-hot, for all tokens.
+    The loss of the group is the sum of the ranks' shares, so each rank's backward differentiates that sum with respect
+    to its own logits: softmax minus one-hot, for all tokens.
     """
 
     @staticmethod
@@ -96,7 +99,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
 def over_heads(model: LM) -> frozenset[str]:
     """The entries that lie over heads, by name."""
-    entries = [entry for layer in model.layers.values() for _, writes in layer.events() for entry in writes]  # type: ignore[operator]
+    entries = [entry for layer in model.blocks for _, writes in layer.events() for entry in writes]
     return frozenset(entry.name for entry in entries if entry.layout is Layout.HEADS)
 
 
@@ -107,10 +110,10 @@ def parallelize(model: LM, mesh: Mesh, heads: frozenset[str]) -> None:
         model.shard = TokenShard(tp, cp)
     if tp.size == 1:
         return
-    for layer in model.layers.values():
+    for layer in model.blocks:
         for sublayer in (layer.mixer, layer.ffn):
-            if sublayer.branch.entry == "gathered":  # type: ignore[union-attr]
-                sublayer.boundary = TensorBoundary(tp, heads)  # type: ignore[union-attr]
+            if sublayer.branch.entry == "gathered":
+                sublayer.boundary = TensorBoundary(tp, heads)
     if model.embed is not None:
         model.embed.lookup = VocabLookup(tp)
     if model.head is not None:

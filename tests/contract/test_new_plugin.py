@@ -95,7 +95,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     MixerConfig.registry.pop("moving_average", None)
     sys.modules.pop("models.mixers.moving_average", None)
-    mixer_folders.remove(str(tmp_path / "mixers"))  # type: ignore[attr-defined]
+    mixer_folders.remove(str(tmp_path / "mixers"))
 
 
 def config():
