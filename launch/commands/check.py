@@ -2,8 +2,15 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from launch.command import Command, config_arguments
+
+if TYPE_CHECKING:
+    from parallel.check import Report
+
+SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +33,19 @@ def run(args: argparse.Namespace) -> int:
     report = check.run(config.model, mesh, check.Settings(length=args.length, dtype=getattr(torch, args.dtype)))
     if args.json:
         print(json.dumps(report.as_dict(), indent=2))
-    elif report.ok:
-        worst = max(report.gradients.values(), default=0.0)
-        print(f"{mesh} equals one process: loss to {report.loss:.1e}, every gradient to {worst:.1e}")
     else:
-        print(f"{mesh} differs from one process:", *report.wrong, sep="\n  ")
+        print(*summary(report), sep="\n")
     return 0 if report.ok else 1
+
+
+def summary(report: "Report") -> Iterator[str]:
+    """The verdict, what is wrong, and the gradients that differ most."""
+    yield f"{report.mesh} {'equals' if report.ok else 'differs from'} one process"
+    yield from (f"  {line}" for line in report.wrong[:SHOWN])
+    if len(report.wrong) > SHOWN:
+        yield f"  and {len(report.wrong) - SHOWN} more; --json lists all"
+    yield f"loss {report.loss:.1e}, gradient norm {report.norm:.1e}; of {len(report.gradients)} gradients the worst are"
+    yield from (f"  {error:.1e} {name}" for name, error in report.worst())
 
 
 COMMAND = Command("compare a config on a mesh with one process", add_arguments, run)

@@ -231,12 +231,17 @@ def test_check_reports(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
     monkeypatch.setattr(check, "run", run)
     assert printed(capsys, "check", CONFIG, "--mesh", "tp=2", "model.d_model=32") == (
-        "tp=2 equals one process: loss to 0.0e+00, every gradient to 3.0e-15\n"
+        "tp=2 equals one process\n"
+        "loss 0.0e+00, gradient norm 0.0e+00; of 1 gradients the worst are\n"
+        "  3.0e-15 w\n"
     )
     assert calls[0][0].d_model == 32 and calls[0][2].dtype == torch.float64
     assert main(["check", CONFIG, "--mesh", "pp=2,schedule=zbv", "--dtype", "float32"]) == 1
     assert capsys.readouterr().out == (
-        "pp=2,schedule=zbv differs from one process:\n  gradient of w: 5.0e-01 > 1e-03\n"
+        "pp=2,schedule=zbv differs from one process\n"
+        "  gradient of w: 5.0e-01 > 1e-03\n"
+        "loss 0.0e+00, gradient norm 0.0e+00; of 1 gradients the worst are\n"
+        "  5.0e-01 w\n"
     )
     assert main(["check", CONFIG, "--mesh", "pp=2", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
@@ -279,7 +284,7 @@ def test_from_text_to_text(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     assert main(["train", CONFIG, f"run.dir={run}", *paths, *SMALL]) == 0
     capsys.readouterr()
     assert set(json.loads(printed(capsys, "eval", str(run), "--json"))) >= {"loss", "perplexity", "bits_per_byte"}
-    assert printed(capsys, "generate", str(run), "base: ", "", "--max-new-tokens", "3").startswith("base: ")
+    assert printed(capsys, "generate", f"{run}/config.yaml", "base: ", "", "--max-new-tokens", "3").startswith("base: ")
 
     exported: list[Any] = []
     monkeypatch.setattr("models.hf.export.export", lambda *arguments: exported.extend(arguments))
