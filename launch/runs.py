@@ -34,6 +34,11 @@ def load_run(file: str, overrides: Iterable[str] = ()) -> RunConfig:
     return config
 
 
+def run_folder(path: str) -> Path:
+    """The folder of a run, which is given itself or by the run's config."""
+    return Path(parse(RunConfig, load(path)).run.dir) if Path(path).is_file() else Path(path)
+
+
 def newest_checkpoint(folder: Path) -> tuple[RunConfig, Checkpoint, Path]:
     """Of a run's folder. Raises ValueError where there is none."""
     path = checkpoint.newest(folder / FOLDER, lambda sentence: print(f"weft: warning: {sentence}", file=sys.stderr))

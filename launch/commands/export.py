@@ -7,17 +7,17 @@ from launch.command import Command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or its config")
     parser.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the run's data.tokenizer")
     parser.add_argument("--dtype", help="of the saved parameters, such as bfloat16 (default: their own)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch.runs import newest_checkpoint
+    from launch.runs import newest_checkpoint, run_folder
     from models.hf.export import ExportConfig, export
 
-    config, content, path = newest_checkpoint(Path(args.run))
+    config, content, path = newest_checkpoint(run_folder(args.run))
     options = ExportConfig(
         tokenizer=args.tokenizer or config.data.tokenizer, max_length=config.data.sequence_length, dtype=args.dtype
     )

@@ -1,13 +1,12 @@
 """`weft generate`: text from a run's newest checkpoint."""
 
 import argparse
-from pathlib import Path
 
 from launch.command import Command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or its config")
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
@@ -18,12 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from launch.runs import newest_checkpoint
+    from launch.runs import newest_checkpoint, run_folder
     from models.lm import LM
     from trainer.generate import generate
     from trainer.tokenizer import Tokenizer
 
-    config, content, _ = newest_checkpoint(Path(args.run))
+    config, content, _ = newest_checkpoint(run_folder(args.run))
     if config.data.tokenizer is None:
         raise ValueError(
             f"the run {args.run} names no data.tokenizer, so its tokens cannot become text; train one that does"

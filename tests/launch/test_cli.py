@@ -231,9 +231,7 @@ def test_check_reports(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
     monkeypatch.setattr(check, "run", run)
     assert printed(capsys, "check", CONFIG, "--mesh", "tp=2", "model.d_model=32") == (
-        "tp=2 equals one process\n"
-        "loss 0.0e+00, gradient norm 0.0e+00; of 1 gradients the worst are\n"
-        "  3.0e-15 w\n"
+        "tp=2 equals one process\nloss 0.0e+00, gradient norm 0.0e+00; of 1 gradients the worst are\n  3.0e-15 w\n"
     )
     assert calls[0][0].d_model == 32 and calls[0][2].dtype == torch.float64
     assert main(["check", CONFIG, "--mesh", "pp=2,schedule=zbv", "--dtype", "float32"]) == 1
