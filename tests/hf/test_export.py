@@ -43,10 +43,10 @@ def environment(scratch: Path) -> dict[str, str]:
     return {**clean, **hf, "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 
 
-CASES = {f"{slot}-{kind}": lambda slot=slot, kind=kind: tiny.of_kind(slot, kind) for slot, kind in tiny.every_kind()}
-CASES |= {f"drawn-{seed}": lambda seed=seed: tiny.draw(seed) for seed in range(3)}
+CASES: dict[str, LMConfig] = {f"{slot}-{kind}": tiny.of_kind(slot, kind) for slot, kind in tiny.every_kind()}
+CASES |= {f"drawn-{seed}": tiny.draw(seed) for seed in range(3)}
 # Last, because `user.more` takes the last: buffers, a recurrent and a growing cache, a tied head.
-CASES["hybrid"] = lambda: tiny.build(
+CASES["hybrid"] = tiny.build(
     layers={
         "A": {"mixer": tiny.plain("mixer", "attention"), "ffn": tiny.plain("ffn", "moe")},
         "G": {"mixer": tiny.plain("mixer", "gated_deltanet"), "ffn": tiny.plain("ffn", "swiglu")},
@@ -67,7 +67,7 @@ from models.slots import LayerContext, ScalingConfig
 
 @dataclasses.dataclass(frozen=True)
 class Mine(ScalingConfig, kind="mine"):
-    power: float
+    power: float = 1.0
 
     def build(self, ctx: LayerContext) -> nn.Module:
         return Power(ctx.d_model, self.power)
@@ -111,7 +111,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     outside = {**os.environ, "WEFT_PLUGINS": str(plugins.parent), "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", AUTHOR, str(root / OUTSIDE)], cwd=root, env=outside, check=True)
     for case, config in CASES.items():
-        make(config(), root / case)
+        make(config, root / case)
     return {case: root / case for case in (OUTSIDE, *CASES)}
 
 

@@ -103,7 +103,7 @@ def more(folder: str, scratch: Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     inputs = padded(PROMPTS, "left")
-    losses = [model(input_ids=torch.tensor([p]), labels=torch.tensor([p])).loss * (len(p) - 1) for p in PROMPTS]
+    losses = [model(input_ids=torch.tensor([p]), labels=torch.tensor([p])).loss.item() * (len(p) - 1) for p in PROMPTS]
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     last = model(**inputs, logits_to_keep=1).logits[:, 0]
     return {
@@ -120,7 +120,7 @@ def more(folder: str, scratch: Path) -> dict[str, Any]:
         "chunked": generated(model, PROMPTS, prefill_chunk_size=2),
         "beams": generated(model, PROMPTS, num_beams=3),
         "beams_uncached": generated(model, PROMPTS, num_beams=3, use_cache=False),
-        "loss": [model(**inputs, labels=labels).loss.item(), (sum(losses) / sum(len(p) - 1 for p in PROMPTS)).item()],
+        "loss": [model(**inputs, labels=labels).loss.item(), sum(losses) / sum(len(p) - 1 for p in PROMPTS)],
         "last": error(last, torch.stack([model(input_ids=torch.tensor([p])).logits[0, -1] for p in PROMPTS])),
         "refused": [
             message(model, input_ids=ids, inputs_embeds=torch.zeros(1, 5, 16)),
