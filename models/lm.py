@@ -165,7 +165,7 @@ class LM(nn.Module):
         total_loss = loss if total is None else loss + total[0]
         return Output(total_loss, loss.detach(), count_targets(targets_BT), losses, stats)
 
-    def after_step(self, stats: dict[str, Tensor]) -> None:
+    def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """Hand each layer its statistics of the whole step (bias balancing)."""
         for layer in self.blocks:
             prefix = f"layers.{layer.index}.ffn."

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T sequence, D model width, H heads, K key and V value w
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class FFN(nn.Module):
     def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
         raise NotImplementedError
 
-    def after_step(self, stats: dict[str, Tensor]) -> None:
+    def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """Once per optimiser step, with the step's statistics summed over all ranks and micro-batches."""
 
 

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T sequence, N = B*T tokens, D model width, E experts, K
 """
 
 import dataclasses
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
@@ -96,7 +97,7 @@ class MoE(RoutedFFN):
         return Result(out_ND.view_as(x_BTD), losses=losses, stats={"expert_load": load_E})
 
     @torch.no_grad()
-    def after_step(self, stats: dict[str, Tensor]) -> None:
+    def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """bias += rate * sign(mean load - load), from the loads of the whole step (DeepSeek, arXiv 2408.15664)."""
         if self.config.balance_rate:
             load_E = stats["expert_load"].to(self.balance_bias.device, torch.float64)

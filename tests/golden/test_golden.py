@@ -32,7 +32,7 @@ def cases() -> list[Path]:
 
 def load(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])
 
 
 def leaves(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -55,7 +55,9 @@ def test_case(path: Path) -> None:
         torch.testing.assert_close(outs[name], value, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
         if f"cotangent.{name}" in tensors:
             total = total + (outs[name] * tensors[f"cotangent.{name}"]).sum()
-    known = {f"in.{name}": leaf for name, leaf in inputs.items()} | {f"param.{name}": leaf for name, leaf in params.items()}
+    known = {f"in.{name}": leaf for name, leaf in inputs.items()} | {
+        f"param.{name}": leaf for name, leaf in params.items()
+    }
     known = {name: leaf for name, leaf in known.items() if leaf.requires_grad}
     gradients = torch.autograd.grad(total, list(known.values()), allow_unused=True)
     for (name, leaf), gradient in zip(known.items(), gradients, strict=True):

@@ -37,12 +37,20 @@ def test_refused_meshes(text: str, message: str) -> None:
     [
         ("tp=16", build(), "tp is 16, which does not divide the 8 heads of"),
         ("tp=3", build(vocab_size=33), "use tp=2, or 9 heads"),
-        ("tp=2", build(vocab_size=33), "tp is 2, which does not divide the 33 vocab of embed.weight; use tp=1, or 34 vocab"),
+        (
+            "tp=2",
+            build(vocab_size=33),
+            "tp is 2, which does not divide the 33 vocab of embed.weight; use tp=1, or 34 vocab",
+        ),
         ("cp=16", build(), "cp=16 with tp=1 needs 16 to divide the 8 heads of"),
         ("ep=2", build(), "ep is 2 and the model has no experts; use ep=1"),
         ("ep=8", build(ffn="moe"), "ep is 8, which does not divide the 4 experts of"),
         ("pp=8", build(), "pp=8 makes 8 stages and the model has 4 layers; use pp=4"),
-        ("pp=4,schedule=zbv", build(), "pp=4 makes 8 stages (two per rank under zbv) and the model has 4 layers; use pp=2"),
+        (
+            "pp=4,schedule=zbv",
+            build(),
+            "pp=4 makes 8 stages (two per rank under zbv) and the model has 4 layers; use pp=2",
+        ),
     ],
 )
 def test_refused_combinations(text: str, config: LMConfig, message: str) -> None:

@@ -44,7 +44,7 @@ def test_answers_come_back_in_order_and_workers_stay() -> None:
 
 def test_a_failure_is_named_and_the_pool_recovers() -> None:
     with Pool(2) as pool:
-        with pytest.raises(RankError, match="(?s)rank 1 of 2:.*rank one is unwell") as error:
+        with pytest.raises(RankError, match=r"(?s)rank 1 of 2:.*rank one is unwell") as error:
             pool.run(fail_on_one, 2)
         assert "Traceback" in str(error.value)
         assert pool.run(add, 2, 0) == [(0, 1), (1, 1)]

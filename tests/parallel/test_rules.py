@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from configs.structure import instantiate, to_plain
 from models.config import LMConfig
 from models.lm import LM
-from models.params import Axis, Normal, Parts, ParamSpec, initialize
+from models.params import Axis, Normal, ParamSpec, Parts, initialize
 from parallel import check, pipeline
 from parallel.collectives import all_to_all, gather, scatter_sum
 from parallel.engine import Batch, Engine
@@ -69,7 +69,12 @@ def check_adjoints() -> list[float]:
     for function, sizes in (
         (lambda x: gather(x, 1, ranks), (2, 4)),
         (lambda x: scatter_sum(x, 1, ranks), (2, 12)),
-        (lambda x: all_to_all(x, [(ranks.index + i) % 2 for i in range(3)], [(ranks.index + i) % 2 for i in range(3)], ranks), None),
+        (
+            lambda x: all_to_all(
+                x, [(ranks.index + i) % 2 for i in range(3)], [(ranks.index + i) % 2 for i in range(3)], ranks
+            ),
+            None,
+        ),
     ):
         rows = sum((ranks.index + i) % 2 for i in range(3))
         generator = torch.Generator().manual_seed(ranks.index)
@@ -113,7 +118,7 @@ def units(config: dict[str, Any], mesh: MeshConfig) -> int:
     ("schedule", "expected"), [("1f1b", 3), ("interleaved", 4), ("zero_bubble", 2), ("zbv", 2), ("dualpipev", 2)]
 )
 def test_a_stage_is_one_fsdp_unit_when_the_backward_is_split(schedule: str, expected: int, pool: Pool) -> None:
-    """Per layer elsewhere: two layers and the stage itself on a rank with 1F1B, two stages of one layer with interleaved."""
+    """Per layer elsewhere: a rank with 1F1B has two layers and their stage, one with interleaved two stages of a layer."""
     mesh = MeshConfig(fsdp=2, pp=2, schedule=schedule)
     assert pool.run(units, 4, to_plain(build()), mesh) == [expected] * 4
 
@@ -147,7 +152,9 @@ def evaluations(config: dict[str, Any], mesh: MeshConfig, batch: Batch) -> tuple
     return engine.evaluate(check.share(batch, 1, place.data_rank, place.data_size))
 
 
-@pytest.mark.parametrize("mesh", ["pp=2,schedule=zbv", "pp=2,schedule=dualpipev", "fsdp=2,tp=2,pp=2", "cp=2,tp=2", "dp=2"])
+@pytest.mark.parametrize(
+    "mesh", ["pp=2,schedule=zbv", "pp=2,schedule=dualpipev", "fsdp=2,tp=2,pp=2", "cp=2,tp=2", "dp=2"]
+)
 def test_evaluation_is_the_same_on_every_mesh(mesh: str, pool: Pool) -> None:
     """Including the schedules on which torch's own evaluation fails."""
     config, parsed = build(residual="mudd", ffn="moe"), MeshConfig.parse(mesh)
@@ -158,8 +165,7 @@ def test_evaluation_is_the_same_on_every_mesh(mesh: str, pool: Pool) -> None:
 
 
 def test_batch_statistics_do_not_depend_on_how_tokens_are_spread() -> None:
-    """One micro-batch of two rows: 'sequence' sees each row, 'microbatch' both; the two differ, and accumulating rows one
-    by one changes only the second."""
+    """'sequence' sees each row, 'microbatch' all rows of one: accumulating row by row changes only the second."""
     losses = {}
     for group in ("sequence", "microbatch"):
         config = build(ffn={**plain("ffn", "moe"), "stats_group": group, "aux_coef": 1.0})
