@@ -118,7 +118,7 @@ def units(config: dict[str, Any], mesh: MeshConfig) -> int:
     ("schedule", "expected"), [("1f1b", 3), ("interleaved", 4), ("zero_bubble", 2), ("zbv", 2), ("dualpipev", 2)]
 )
 def test_a_stage_is_one_fsdp_unit_when_the_backward_is_split(schedule: str, expected: int, pool: Pool) -> None:
-    """Per layer elsewhere: a rank with 1F1B has two layers and their stage, one with interleaved two stages of a layer."""
+    """Per layer elsewhere: 1F1B has two layers and their stage on a rank, interleaved two stages of one layer."""
     mesh = MeshConfig(fsdp=2, pp=2, schedule=schedule)
     assert pool.run(units, 4, to_plain(build()), mesh) == [expected] * 4
 
