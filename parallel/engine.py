@@ -103,13 +103,12 @@ class Engine:
     def held(self) -> Iterator[Held]:
         for model in self.models:
             for module, attribute, piece in shards(model, self.mesh):
-                alias = piece.name in model.aliases.values() and isinstance(module, type(model.head))
-                yield Held(getattr(module, attribute), piece, alias)
+                yield Held(getattr(module, attribute), piece)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]:
         """(global name, local parameter, spec); a copy's name ends in "@copy"."""
         for held in self.held():
-            yield held.shard.name + ("@copy" if held.copy else ""), held.parameter, held.shard.spec
+            yield held.shard.name + ("@copy" if held.shard.copy else ""), held.parameter, held.shard.spec
 
     def step_gradients(self, batch: Batch, micro_batches: int) -> StepOutput:
         """Zero the gradients, run forward and backward over this data rank's batch, and complete them.
@@ -233,7 +232,7 @@ class Engine:
 
     def whole_tensors(self, pick) -> dict[str, Tensor]:
         """`pick(held)` of every parameter of this rank's stages, whole, by global name (a collective)."""
-        return {h.shard.name: whole(pick(h), h.shard, self.mesh) for h in self.held() if not h.copy}
+        return {h.shard.name: whole(pick(h), h.shard, self.mesh) for h in self.held() if not h.shard.copy}
 
     def gather(self, pick) -> dict[str, Tensor]:
         """`pick(held)` of every parameter of the model, whole, on the CPU of every rank (a collective)."""

@@ -19,11 +19,10 @@ from parallel.shards import Shard
 
 @dataclasses.dataclass
 class Held:
-    """A parameter as this rank holds it. copy: its owner is another stage. owned: counted in the norm here."""
+    """A parameter as this rank holds it."""
 
     parameter: torch.nn.Parameter
     shard: Shard
-    copy: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -95,7 +94,7 @@ def norm(parameters: Iterable[Held], mesh: Mesh) -> Tensor:
     """The global L2 norm of all gradients (float64, shape []), every element counted once."""
     total = torch.zeros((), dtype=torch.float64)
     for held in parameters:
-        if not held.copy:
+        if not held.shard.copy:
             total = total + held.gradient.double().square().sum().cpu() / held.holders(mesh)
     if dist.is_initialized():
         total = total.to(mesh.device)

@@ -41,7 +41,8 @@ class Shard:
     """This rank's piece of one parameter.
 
     name: global. segments: per dimension, (start, length) runs of the whole tensor. pieces: how many distinct pieces
-    the ranks hold; each is held by ranks.size // pieces of them. expert: the piece follows the expert ranks.
+    the ranks hold; each is held by ranks.size // pieces of them. expert: the piece follows the expert ranks. copy: the
+    parameter's owner is on another pipeline stage.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Shard:
     segments: tuple[Segments, ...]
     pieces: int
     expert: bool
+    copy: bool = False
 
     def cut(self, whole: Tensor) -> Tensor:
         for dim, runs in enumerate(self.segments):
@@ -86,7 +88,8 @@ def shard(name: str, spec: ParamSpec, mesh: Mesh, index: int | None = None) -> S
 def shards(model: LM, mesh: Mesh) -> Iterator[tuple[nn.Module, str, Shard]]:
     """(module, attribute, shard) of every declared parameter; a copy goes by its owner's name."""
     for name, module, attribute, spec in named_specs(model):
-        yield module, attribute, shard(model.aliases.get(name, name), spec, mesh)
+        piece = shard(model.aliases.get(name, name), spec, mesh)
+        yield module, attribute, dataclasses.replace(piece, copy=name in model.aliases)
 
 
 def cut_parameters(model: LM, mesh: Mesh) -> None:
