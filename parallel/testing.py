@@ -55,8 +55,8 @@ def work(connection: Connection) -> None:
                 answer = (time.monotonic(), f"rank {rank} of {world}:\n{traceback.format_exc()}")
             finally:
                 dist.destroy_process_group()
-                # DTensor's cache would hand the next task meshes whose groups are gone.
-                debug._clear_sharding_prop_cache()
+                # DTensor's cache would hand the next task meshes whose groups are gone. Older torch lacks the name.
+                getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
         except Exception:
             answer = (time.monotonic(), f"rank {rank} of {world}:\n{traceback.format_exc()}")
         connection.send(answer)
