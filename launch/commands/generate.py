@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     with torch.device("meta"):
         model = LM(config.model)
     model.load_state_dict(dict(content.model), assign=True)
-    # A text without a beginning begins where a document has ended.
-    prompts = [tokenizer.encode(text) or [tokenizer.end_of_document] for text in args.prompts]
+    # As in training, where a document opens with the token that ended the one before.
+    prompts = [[tokenizer.end_of_document, *tokenizer.encode(text)] for text in args.prompts]
     new = generate(
         model,
         prompts,
