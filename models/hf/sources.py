@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 OURS = ("configs", "models")
-REQUIRED = frozenset({"torch", "transformers"})  # what every environment that loads an export has
+REQUIRED = frozenset({"torch", "transformers", "safetensors", "numpy"})  # what has to be there to load any model
 
 # The files that transformers looks for keep the names that it expects.
 NAMES = {"models.hf.configuration_weft": "configuration_weft", "models.hf.modeling_weft": "modeling_weft"}

@@ -40,9 +40,11 @@ def stepwise(model: Any, prompt: list[int]) -> list[int]:
     return ids[len(prompt) :]
 
 
-def generated(model: Any, prompts: list[list[int]], **kwargs: Any) -> list[list[int]]:
+def generated(model: Any, prompts: list[list[int]], count: int = NEW, **kwargs: Any) -> list[list[int]]:
     inputs = padded(prompts, "left")
-    out = model.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0, do_sample=False, **kwargs)
+    out = model.generate(
+        **inputs, max_new_tokens=count, min_new_tokens=count, pad_token_id=0, do_sample=False, **kwargs
+    )
     return out[:, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -89,17 +91,19 @@ def message(function: Any, *args: Any, **kwargs: Any) -> str | None:
 
 
 @torch.no_grad()
-def more(folder: str, scratch: Path) -> dict[str, Any]:
+def more(folder: str, tied_folder: str, scratch: Path) -> dict[str, Any]:
     """What need not be seen for every kind."""
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
     model, half = load(folder), load(folder, dtype=torch.bfloat16)
     buffers = {str(buffer.dtype) for _, buffer in half.named_buffers()}
-    model.save_pretrained(scratch / "again")
+    tied = load(tied_folder)
+    tied.save_pretrained(scratch / "again")
     again = load(str(scratch / "again"))
     ids = torch.tensor([PROMPTS[0]])
     packed = torch.tensor([PROMPTS[0] + PROMPTS[1]])
     places = torch.tensor([[*range(len(PROMPTS[0])), *range(len(PROMPTS[1]))]])
+    places_of = sys.modules[type(model).__module__].places  # type: ignore[attr-defined]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     inputs = padded(PROMPTS, "left")
@@ -110,7 +114,7 @@ def more(folder: str, scratch: Path) -> dict[str, Any]:
         "half": sorted({str(parameter.dtype) for parameter in half.parameters()}),
         "buffers": sorted(buffers),
         "half_error": error(half(input_ids=ids).logits.double(), model(input_ids=ids).logits),
-        "again": error(again(input_ids=ids).logits, model(input_ids=ids).logits),
+        "again": error(again(input_ids=ids).logits, tied(input_ids=ids).logits),
         "packed": error(
             model(input_ids=packed, position_ids=places).logits[0, len(PROMPTS[0]) :],
             model(input_ids=torch.tensor([PROMPTS[1]])).logits[0],
@@ -118,10 +122,21 @@ def more(folder: str, scratch: Path) -> dict[str, Any]:
         "fresh_std": fresh.model.embed.weight.std().item(),
         "greedy": generated(model, PROMPTS),
         "chunked": generated(model, PROMPTS, prefill_chunk_size=2),
-        "beams": generated(model, PROMPTS, num_beams=3),
-        "beams_uncached": generated(model, PROMPTS, num_beams=3, use_cache=False),
+        "beams": generated(model, PROMPTS, 10, num_beams=4),
+        "beams_uncached": generated(model, PROMPTS, 10, num_beams=4, use_cache=False),
         "loss": [model(**inputs, labels=labels).loss.item(), sum(losses) / sum(len(p) - 1 for p in PROMPTS)],
         "last": error(last, torch.stack([model(input_ids=torch.tensor([p])).logits[0, -1] for p in PROMPTS])),
+        "places": [
+            [None if x is None else x.tolist() for x in places_of(ids, mask, positions, past)]
+            for mask, positions, past in (
+                (None, None, 0),
+                (None, None, 3),
+                (torch.tensor([[0, 0, 1, 1, 1]]), None, 0),
+                (torch.tensor([[1, 1, 0, 0, 0]]), None, 0),
+                (torch.tensor([[0, 1, 1, 1, 1, 1, 1]]), None, 2),
+                (None, torch.tensor([[0, 1, 0, 1, 0]]), 0),
+            )
+        ],
         "refused": [
             message(model, input_ids=ids, inputs_embeds=torch.zeros(1, 5, 16)),
             message(model, input_ids=ids, attention_mask=torch.ones(1, 2)),
@@ -136,7 +151,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folders, result = json.loads(sys.argv[1]), Path(sys.argv[2])
     found: dict[str, Any] = {folder: facts(folder) for folder in folders}
-    found["more"] = more(folders[-1], result.parent)
+    found["more"] = more(folders[-1], folders[-2], result.parent)
     found["modules"] = sorted(name for name in sys.modules if name.split(".")[0] in ("models", "configs"))
     result.write_text(json.dumps(found))
 
