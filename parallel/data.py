@@ -23,21 +23,22 @@ def is_expert(module: nn.Module) -> bool:
 
 def parallelize(root: nn.Module, model: LM, mesh: Mesh) -> None:
     """Shard `model`'s parameters; `root` is what is called: the model, or the stage around it."""
-    if mesh.config.shard == 1:
+    dense, experts = mesh.fsdp_mesh, mesh.expert_fsdp_mesh
+    if dense is None or experts is None:
         return
     # State tensors are never modified in place, which is what this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     one_unit = mesh.config.splits_backward
     whole: set[nn.Parameter] = set()
     for module in [m for m in model.modules() if is_expert(m)]:
-        if one_unit or mesh.expert_fsdp_mesh.size(-1) == 1:
+        if one_unit or experts.size(-1) == 1:
             whole |= set(module.parameters(recurse=False))
         else:
-            fully_shard(module, mesh=mesh.expert_fsdp_mesh)
+            fully_shard(module, mesh=experts)
     if not one_unit:
         for layer in model.blocks:
-            fully_shard(layer, mesh=mesh.fsdp_mesh, ignored_params=whole)
-    fully_shard(root, mesh=mesh.fsdp_mesh, ignored_params=whole)
+            fully_shard(layer, mesh=dense, ignored_params=whole)
+    fully_shard(root, mesh=dense, ignored_params=whole)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -6,7 +6,6 @@ stage are also numbered (expert data, ep), ep fastest, so `ep` costs no ranks of
 
 import dataclasses
 import difflib
-import functools
 import math
 
 import torch
@@ -147,11 +146,12 @@ def subgroup(rows: list[list[int]]) -> dist.ProcessGroup:
 
 
 class Mesh:
-    """The groups of one rank.
+    """The groups of one rank. All are made here, by all ranks together: made where one is first needed, a stage without
+    experts would wait for ever for one that has some.
 
     tp, cp, ep, pp: as named. data: ranks whose gradients of dense parameters add up (replicate x shard x cp).
     expert_data: the same for experts. sequence: ranks that share the sequence (cp x tp). stage: all of one pipeline
-    stage.
+    stage. fsdp_mesh, expert_fsdp_mesh: over which FSDP shards, None without fsdp.
     """
 
     def __init__(self, config: MeshConfig, device: str = "cpu") -> None:
@@ -174,6 +174,14 @@ class Mesh:
         self.stage = self._ranks(dense, (1, 2, 3, 4))
         self.ep = self._ranks(expert, (2,))
         self.expert_data = self._ranks(expert, (1,))
+        self.fsdp_mesh: DeviceMesh | None = None
+        self.expert_fsdp_mesh: DeviceMesh | None = None
+        if shard > 1:
+            # Replicas stay replicas for experts too, unless ep itself reaches across them.
+            replicas = replicate if config.stage_size // replicate % config.ep == 0 else 1
+            self.fsdp_mesh = self._device_mesh((pp, replicate, shard * cp, tp), 1, 2)
+            experts = (pp, replicas, config.stage_size // replicas // config.ep, config.ep)
+            self.expert_fsdp_mesh = self._device_mesh(experts, 1, 2)
         _, r, s, _, _ = (int(i) for i in torch.unravel_index(torch.tensor(self.rank), dense))
         self.data_rank, self.data_size = r * shard + s, replicate * shard
 
@@ -211,20 +219,6 @@ class Mesh:
                 assert isinstance(group, dist.ProcessGroup)
                 mine = Ranks(len(row), row.index(self.rank), group)
         return mine or Ranks()
-
-    @functools.cached_property
-    def fsdp_mesh(self) -> DeviceMesh:
-        """Over which dense parameters are sharded: (replicate,) shard x cp."""
-        config = self.config
-        return self._device_mesh((config.pp, config.replicate, config.shard * config.cp, config.tp), 1, 2)
-
-    @functools.cached_property
-    def expert_fsdp_mesh(self) -> DeviceMesh:
-        """Over which expert parameters are sharded; replicas stay replicas unless ep itself reaches across them."""
-        config = self.config
-        per_replica = config.stage_size // config.replicate
-        replicas = config.replicate if per_replica % config.ep == 0 else 1
-        return self._device_mesh((config.pp, replicas, config.stage_size // replicas // config.ep, config.ep), 1, 2)
 
     def _device_mesh(self, shape: tuple[int, ...], replicate: int, shard: int) -> DeviceMesh:
         sharded = self._ranks(shape, (shard,))

@@ -61,6 +61,15 @@ COMBINATIONS: dict[str, LMConfig] = {
     "two_kv_heads": build(
         mixer={"kind": "attention", "num_heads": 8, "num_kv_heads": 2, "head_dim": 4, "window": 5}, values="resformer"
     ),
+    "experts_on_one_stage": build(
+        pattern="DDMD",
+        repeat=1,
+        tie_embeddings=True,
+        layers={
+            "D": {"mixer": plain("mixer", "attention"), "ffn": plain("ffn", "swiglu")},
+            "M": {"mixer": plain("mixer", "gated_deltanet"), "ffn": plain("ffn", "moe")},
+        },
+    ),
     "microbatch_statistics": build(ffn={**plain("ffn", "moe"), "stats_group": "microbatch", "z_coef": 0.01}),
 }
 
@@ -90,6 +99,12 @@ def test_fewer_key_value_heads_than_ranks(name: str, mesh: str, pool: Pool) -> N
 @pytest.mark.parametrize("mesh", ["dp=2", "fsdp=2,tp=2", "cp=2", "ep=4,cp=2", "dp=2,pp=2,schedule=interleaved"])
 def test_statistics_over_a_micro_batch(mesh: str, pool: Pool) -> None:
     assert_equal(COMBINATIONS["microbatch_statistics"], mesh, pool)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2,pp=2", "fsdp=2,tp=2,pp=2,schedule=interleaved", "ep=2,pp=4"])
+def test_stages_without_experts(mesh: str, pool: Pool) -> None:
+    """Every rank makes the same groups, whatever its stage holds."""
+    assert_equal(COMBINATIONS["experts_on_one_stage"], mesh, pool)
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2,tp=2,pp=2", "cp=2,tp=2", "pp=2,schedule=dualpipev"])
