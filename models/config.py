@@ -54,9 +54,9 @@ class LMConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "repeat"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("vocab_size", 2), ("d_model", 1), ("repeat", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if wrong := [key for key in self.layers if len(key) != 1]:
             raise ValueError(f"layers has the key {wrong[0]!r}; keys are single letters, used in pattern")
         if not self.pattern:
