@@ -164,6 +164,25 @@ def test_evaluation_is_the_same_on_every_mesh(mesh: str, pool: Pool) -> None:
         assert count == alone[1] and abs(loss - alone[0]) <= 1e-12 * abs(alone[0])
 
 
+def losses_of_shapes(config: dict[str, Any], mesh: MeshConfig, shapes: list[tuple[int, int]]) -> list[float]:
+    """The loss of one step for each (length, micro-batches), on one engine."""
+    place, losses = Mesh(mesh), []
+    engine = Engine(instantiate(LMConfig, config), place, seed=5, dtype=torch.float64)
+    for length, count in shapes:
+        batch = check.make_batch(engine.config, MeshConfig(), check.Settings(length=length, micro_batches=count))
+        losses.append(float(engine.step_gradients(batch, count).loss))
+    return losses
+
+
+def test_stages_are_built_for_every_shape(pool: Pool) -> None:
+    """Another length or number of micro-batches between steps, and back again."""
+    config, shapes = build(residual="hyper", ffn="moe"), [(9, 4), (14, 4), (9, 6), (9, 4)]
+    alone = losses_of_shapes(to_plain(config), MeshConfig(), shapes)
+    for schedule in ("1f1b", "zbv"):
+        for losses in pool.run(losses_of_shapes, 2, to_plain(config), MeshConfig(pp=2, schedule=schedule), shapes):
+            assert losses == pytest.approx(alone, rel=1e-12)
+
+
 def test_batch_statistics_do_not_depend_on_how_tokens_are_spread() -> None:
     """'sequence' sees each row, 'microbatch' all rows of one: accumulating row by row changes only the second."""
     losses = {}
