@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer.durable import sha256_of_file, sync_file, sync_folder
 
 MANIFEST = "manifest.json"
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -53,16 +54,23 @@ def steps(folder: Path) -> dict[int, Path]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file must have the size and hash that the manifest says."""
+    """What is wrong with a checkpoint, or None: every file must have the size and hash that the manifest says.
+
+    The manifest may be damaged itself, and is taken for any JSON.
+    """
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return f"its {MANIFEST} is missing or unreadable"
-    for name, expected in files.items():
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    for name in FILES:
+        expected = listed.get(name) if isinstance(listed, dict) else None
+        if not isinstance(expected, dict):
+            return f"its {MANIFEST} does not describe {name}"
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"] or sha256_of_file(file) != expected["sha256"]:
+        if file.stat().st_size != expected.get("bytes") or sha256_of_file(file) != expected.get("sha256"):
             return f"{name} is not what was written"
     return None
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, verified when read, and never the last good one deleted."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -38,6 +39,43 @@ def test_damage_is_seen_and_an_older_one_taken(tmp_path: Path, name: str, how: s
     warnings: list[str] = []
     assert newest(tmp_path, warnings.append) == older
     assert len(warnings) == 1 and "falling back" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        [],
+        3,
+        None,
+        {},
+        {"files": []},
+        {"files": None},
+        {"files": {}},
+        {"files": {"model.safetensors": 3}},
+        {"files": {"model.safetensors": {}}},
+        {"files": {"model.safetensors": {"bytes": [], "sha256": {}}}},
+    ],
+    ids=json.dumps,
+)
+def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, manifest: object) -> None:
+    path = write(tmp_path, content(1), keep=1)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert damage(path) is not None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_manifest_that_lacks_a_file_is_damage(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, content(1), keep=1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"][name]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert damage(path) == f"its manifest.json does not describe {name}"
+
+
+def test_a_manifest_nested_too_deep_is_damage(tmp_path: Path) -> None:
+    path = write(tmp_path, content(1), keep=1)
+    (path / "manifest.json").write_text("[" * 100_000)
+    assert damage(path) is not None
 
 
 def test_only_older_ones_are_pruned(tmp_path: Path) -> None:
