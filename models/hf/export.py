@@ -54,8 +54,9 @@ class ExportConfig:
     max_shard_size: str = "5GB"
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {self.dtype!r}; write the name of a type of torch, such as bfloat16")
+        dtype = None if self.dtype is None else getattr(torch, self.dtype, None)
+        if self.dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is {self.dtype!r}; write the name of a floating type of torch, such as bfloat16")
 
 
 def export(config: LMConfig, weights: Mapping[str, Tensor] | nn.Module, out: Path, options: ExportConfig) -> None:

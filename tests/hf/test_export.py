@@ -268,6 +268,7 @@ def test_weights_of_another_model_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="bfloat16"):
-        ExportConfig(dtype="bf17")
+@pytest.mark.parametrize("dtype", ["bf17", "int8", "bool", "complex64", "nn"])
+def test_a_dtype_that_holds_no_weights_is_refused(dtype: str) -> None:
+    with pytest.raises(ValueError, match=f"dtype is '{dtype}'; write the name of a floating type"):
+        ExportConfig(dtype=dtype)
