@@ -4,6 +4,7 @@ Shape suffixes: B prompts, T tokens of the longest prompt, V vocabulary.
 """
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -28,18 +29,18 @@ def generate(
 
     temperature: 0 takes the likeliest token. top_p: sample among the likeliest tokens that together have this
     probability (Holtzman et al., arXiv 1904.09751). What a prompt gets depends on `seed` and its place in the list, not
-    on the other prompts. Raises ValueError when a plug-in of the model cannot generate, or a prompt is empty.
+    on the other prompts. Raises ValueError for what `check_sampling` refuses, when a plug-in of the model cannot
+    generate, or a prompt is empty.
     """
+    check_sampling(max_new_tokens, temperature, top_p)
     check_generates(model.config)
     if model.embed is None or model.head is None:
         raise ValueError("the model is one stage of a pipeline, and generation needs all of it; load it on one process")
     if empty := [index for index, prompt in enumerate(prompts) if not prompt]:
         raise ValueError(f"prompt {empty[0]} is empty; begin it with the token that ends a document")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} and top_p {top_p} must be >= 0 and in (0, 1]")
     generators = [row_generator(seed, index) for index in range(len(prompts))]
     new: list[list[int]] = [[] for _ in prompts]
-    done = [max_new_tokens < 1] * len(prompts)
+    done = [False] * len(prompts)
     was_training = model.training
     model.eval()
     logits_BV, cache = prefill(model, prompts) if prompts else (None, None)
@@ -57,6 +58,19 @@ def generate(
             logits_BV, cache, position_B = out.logits[:, -1], out.cache, position_B + 1
     model.train(was_training)
     return new
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise ValueError for settings that name no way to choose tokens."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1, such as 64")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"temperature is {temperature}; it must be finite and at least 0: use 0 for the likeliest token, or 1 for "
+            "the model's own probabilities"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1: use 1 to sample among all tokens")
 
 
 def row_generator(seed: int, index: int) -> torch.Generator:

@@ -19,9 +19,11 @@ def run(args: argparse.Namespace) -> int:
 
     from launch.runs import newest_checkpoint, run_folder
     from models.lm import LM
-    from trainer.generate import generate
+    from trainer.generate import check_sampling, generate
     from trainer.tokenizer import Tokenizer
 
+    # Before the weights are read, which takes time.
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
     config, content, _ = newest_checkpoint(run_folder(args.run))
     if config.data.tokenizer is None:
         raise ValueError(

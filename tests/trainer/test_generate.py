@@ -1,11 +1,14 @@
 """Generation with caches equals the forward pass step by step, for every kind."""
 
+import argparse
 import dataclasses
-from typing import ClassVar
+import math
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from launch.commands.generate import COMMAND
 from models.decoding import check_generates, refusals
 from models.ffn.swiglu import SwiGLUConfig
 from models.lm import LM
@@ -54,7 +57,6 @@ def test_it_ends_at_eos() -> None:
     expected = [tokens[: tokens.index(eos)] if eos in tokens else tokens for tokens in full]
     assert generate(model, PROMPTS, 6, eos_id=eos) == expected
     assert generate(model, [], 6) == []
-    assert generate(model, PROMPTS, 0) == [[], [], []]
     assert model.training
 
 
@@ -111,12 +113,29 @@ def test_plugins_that_cannot_generate_say_so(layer: dict, sentence: str) -> None
         generate(LM(config), PROMPTS, 1)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "way_out"),
+    [("max_new_tokens", value, "such as 64") for value in (0, -1)]
+    + [("temperature", value, "use 0 for the likeliest token") for value in (-0.1, math.inf, -math.inf, math.nan)]
+    + [("top_p", value, "use 1 to sample among all") for value in (0.0, -0.5, 1.1, math.inf, math.nan)],
+)
+def test_settings_that_choose_no_token_are_refused(setting: str, value: float, way_out: str) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 1, setting: value}
+    with pytest.raises(ValueError, match=rf"{setting} is {value}; it must be .*{way_out}"):
+        generate(LM(tiny.build(num_layers=1)), [[1]], **settings)
+
+
+def test_the_command_refuses_settings_before_it_reads_a_run() -> None:
+    parser = argparse.ArgumentParser()
+    COMMAND.add_arguments(parser)
+    with pytest.raises(ValueError, match=r"temperature is nan"):
+        COMMAND.run(parser.parse_args(["no-such-run", "text", "--temperature=nan"]))
+
+
 def test_what_cannot_be_asked() -> None:
     model = spread(tiny.build(num_layers=1))
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(model, [[1], []], 1)
-    with pytest.raises(ValueError, match="top_p 0"):
-        generate(model, [[1]], 1, top_p=0.0)
     model.prune(1, 1)
     with pytest.raises(ValueError, match="one stage of a pipeline"):
         generate(model, [[1]], 1)
