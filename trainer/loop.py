@@ -63,7 +63,7 @@ def train(config: RunConfig, mesh: Mesh, launch: Launch | None = None, console: 
 
     last = min(config.train.steps, launch.stop_after or config.train.steps)
     with metrics.opened(folder, state.step, last, console if mesh.is_main else None) as log:
-        log.say(opening(config, mesh, state, last))
+        log.say(opening(config, mesh, state, last) if state.step < last else nothing_to_do(config, state, last))
         while state.step < last:
             began = time.perf_counter()
             batch = data.batch(state.samples, size, mesh.data_rank, mesh.data_size, config.train.micro_batch)
@@ -110,6 +110,13 @@ def opening(config: RunConfig, mesh: Mesh, state: RunState, last: int) -> str:
         parameters = sum(parameter.numel() for parameter in LM(config.model).parameters())
     begin = f"resuming after step {state.step}" if state.step else "starting"
     return f"{begin}: {parameters / 1e6:.1f}M parameters, {mesh.config}, to step {last}, in {config.run.dir}"
+
+
+def nothing_to_do(config: RunConfig, state: RunState, last: int) -> str:
+    """One line on a run that was resumed at its end, or past it."""
+    steps = config.train.steps
+    end, value = ("train.steps", steps) if state.step >= steps else ("stop_after", last)
+    return f"already at step {state.step}, {end} is {value}: nothing to do; raise {end}"
 
 
 def refuse_vocabulary(config: RunConfig) -> None:

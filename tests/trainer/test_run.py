@@ -102,6 +102,23 @@ def test_it_learns_and_writes_what_it_says(data: Path, tmp_path: Path) -> None:
     assert again == 0 and newest(tmp_path / "run").state.step == 31
 
 
+def test_a_run_at_its_end_says_so(data: Path, tmp_path: Path) -> None:
+    config = runs.run_config(data, tmp_path / "run", steps=4)
+    runs.run(config)
+    recorded = runs.records(config)
+    shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6))
+    for again, launch, end in [
+        (config, None, "train.steps is 4: nothing to do; raise train.steps"),
+        (shorter, None, "train.steps is 3: nothing to do; raise train.steps"),
+        (config, Launch(stop_after=2), "train.steps is 4: nothing to do; raise train.steps"),
+        (longer, Launch(stop_after=2), "stop_after is 2: nothing to do; raise stop_after"),
+    ]:
+        state, printed = runs.run(again, launch)
+        assert state.step == 4 and printed == f"already at step 4, {end}\n"
+    assert runs.records(config) == recorded
+
+
 def test_not_finite_stops_before_the_weights_change(data: Path, tmp_path: Path) -> None:
     config = runs.run_config(data, tmp_path / "run")
     runs.run(config, Launch(stop_after=2))
