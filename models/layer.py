@@ -3,7 +3,7 @@
 Shape suffixes: B batch, T sequence, D model width, H heads, V value width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ Branch = TypeVar("Branch", bound=MixerBranch | FFNBranch)
 
 
 class Sublayer(nn.Module, Generic[Branch]):
-    """read -> norm -> branch -> norm -> write. `boundary` and `row` are where tensor parallelism takes hold."""
+    """read -> norm -> branch -> norm -> write. `boundary` is where tensor parallelism takes hold."""
 
     def __init__(self, connection: Connection, placement: Placement, branch: Branch, scaling: nn.Module) -> None:
         super().__init__()
@@ -81,6 +81,10 @@ class Sublayer(nn.Module, Generic[Branch]):
         self.boundary = Boundary()
         self.reads = (*connection.reads, *branch.reads)
         self.writes = (*connection.writes, *branch.writes)
+        if twice := {entry.name for entry in connection.writes} & {entry.name for entry in branch.writes}:
+            raise ValueError(
+                f"the residual and a branch both write the state entry {min(twice)!r}; rename the branch's"
+            )
 
     def forward(
         self, state: State, side: Side, local: Side, gate_BT: Tensor | None, key_gate: bool, cache: Cache | None
@@ -95,6 +99,24 @@ class Sublayer(nn.Module, Generic[Branch]):
         if gate_BT is not None:
             out_BTD = out_BTD * gate_BT[..., None].to(out_BTD.dtype)
         return {**self.connection.write(state, kept, out_BTD), **result.writes}, result
+
+
+def joined(index: int, *parts: tuple[bool, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All losses of a layer. Each part says whether it has any, which pipeline stages plan by.
+
+    Raises ValueError when a part does not do as it says, or two parts use one name: a loss would be lost in silence.
+    """
+    found: dict[str, Tensor] = {}
+    for declared, losses in parts:
+        if bool(losses) != declared:
+            raise ValueError(
+                f"a part of layer {index} says has_losses={declared} and returns {sorted(losses) or 'no losses'}; "
+                "declare what it returns"
+            )
+        if twice := found.keys() & losses.keys():
+            raise ValueError(f"two parts of layer {index} return a loss named {min(twice)!r}; rename one")
+        found |= losses
+    return found
 
 
 class Extras(NamedTuple):
@@ -140,6 +162,6 @@ class Layer(nn.Module):
         gate_BT, writes, losses, stats = self.depth(peek_BTD, {k: state[k] for k in self.depth.reads}, local)
         state, mixed = self.mixer({**state, **writes}, side, local, gate_BT, self.key_gate, cache)
         state, channel = self.ffn(state, side, local, gate_BT, False, None)
-        losses = {**losses, **mixed.losses, **channel.losses}
+        losses = joined(self.index, (self.depth.has_losses, losses), (self.ffn.branch.has_losses, channel.losses))
         stats = {**{f"depth.{k}": v for k, v in stats.items()}, **{f"ffn.{k}": v for k, v in channel.stats.items()}}
         return {name: x for name, x in state.items() if name in self.keep}, Extras(losses, stats, mixed.cache)

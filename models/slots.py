@@ -94,7 +94,7 @@ class Values(nn.Module):
 class Connection(nn.Module):
     """One sublayer's tie to the state. `reads` and `writes` name the entries it owns; it passes on all others.
 
-    num_views: 3 when query, key and value inputs differ. drops: entries that its write removes.
+    num_views: 3 when query, key and value inputs differ.
     """
 
     reads: tuple[str, ...] = ("x",)

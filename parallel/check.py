@@ -7,6 +7,7 @@ shaken first.
 """
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from parallel.tensor import check_replicas
 from parallel.testing import Pool
 
 CLIP = 0.5
+MOST_RANKS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +194,10 @@ def error(got: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     return float((got - expected).abs().max()) / scale
 
 
+def relative(got: float, expected: float) -> float:
+    return abs(got - expected) / max(abs(expected), 1e-300)
+
+
 def run_rank(
     config_plain: dict[str, Any], mesh_config: MeshConfig, settings: Settings, reference_file: str
 ) -> dict[str, Any]:
@@ -207,8 +213,8 @@ def run_rank(
     return {
         "initial": [name for name, value in step.initial.items() if not torch.equal(value, reference.initial[name])],
         "missing": sorted(reference.initial.keys() - step.initial.keys()),
-        "loss": abs(step.loss - reference.loss) / abs(reference.loss),
-        "norm": abs(step.norm - reference.norm) / reference.norm,
+        "loss": relative(step.loss, reference.loss),
+        "norm": relative(step.norm, reference.norm),
         "gradients": {n: error(g, reference.gradients[n], floor) for n, g in step.gradients.items()},
         "parameters": {n: error(p, reference.parameters[n]) for n, p in step.parameters.items()},
         "statistics": {n: error(step.statistics[n], s) for n, s in reference.statistics.items()},
@@ -226,6 +232,11 @@ def equal_replicas(held: Held, mesh: Mesh) -> bool:
 
 def refuse_combination(config: LMConfig, mesh: MeshConfig, settings: Settings) -> None:
     """Raise ValueError if the mesh cannot hold the model or the schedule cannot run the batch."""
+    if mesh.world_size > MOST_RANKS:
+        raise ValueError(
+            f"the mesh takes {mesh.world_size} processes and a check runs them all on this machine, at most "
+            f"{MOST_RANKS}; check smaller degrees, such as 2 of each"
+        )
     refuse(config, mesh)
     if mesh.pp > 1:
         pipeline.refuse(mesh, len(config.expanded), micro_batches(mesh, settings))
@@ -248,6 +259,11 @@ def run(
     engine = Engine(config, Mesh.single(), seed=settings.seed, dtype=settings.dtype)
     count = micro_batches(mesh, settings)
     reference = take_step(engine, make_batch(config, mesh, settings), count, None, settings.seed)
+    if not math.isfinite(reference.loss) or not math.isfinite(reference.norm):
+        raise ValueError(
+            f"on one process the loss is {reference.loss} and the gradient norm {reference.norm}, so there is nothing "
+            "to compare with; mend the config first"
+        )
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "reference.pt")
         torch.save(reference, file)

@@ -86,7 +86,7 @@ class MeshConfig:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, int | str] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
-            key, _, value = item.partition("=")
+            key, _, value = (part.strip() for part in item.partition("="))
             if key not in fields:
                 near = difflib.get_close_matches(key, fields, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""

@@ -59,10 +59,12 @@ def refuse(mesh: MeshConfig, num_layers: int, micro_batches: int) -> None:
     """Raise ValueError where the schedule cannot run, with the nearest thing that can."""
     stages = num_stages(mesh)
     if stages > num_layers:
-        fit = "" if stages == mesh.pp else f" (two per rank under {mesh.schedule})"
+        one = stages == mesh.pp
+        fit = "" if one else f" (two per rank under {mesh.schedule})"
         raise ValueError(
-            f"pp={mesh.pp} makes {stages} stages{fit} and the model has {num_layers} layers; "
-            f"use pp={num_layers * mesh.pp // stages or 1}, or a schedule with one stage per rank such as 1f1b"
+            f"pp={mesh.pp} makes {stages} stages{fit} and the number of layers is {num_layers}; "
+            f"use pp={num_layers * mesh.pp // stages or 1}"
+            + ("" if one else ", or a schedule with one stage per rank such as 1f1b")
         )
     if mesh.schedule in ("interleaved", "zero_bubble") and micro_batches % mesh.pp:
         up = -(-micro_batches // mesh.pp) * mesh.pp

@@ -1,13 +1,14 @@
 """Whether a model fits a mesh: every refusal before anything is allocated, in one sentence with the way out."""
 
 import torch
+from torch import nn
 
 from models.config import LMConfig
 from models.lm import LM
-from models.params import Axis, named_specs
+from models.params import Parts, named_specs
 from parallel import pipeline
 from parallel.mesh import MeshConfig
-from parallel.shards import fits, refuse_uneven
+from parallel.shards import EXPERT_AXES, TENSOR_AXES, fits, refuse_uneven
 
 
 def refuse(config: LMConfig, mesh: MeshConfig) -> None:
@@ -17,21 +18,41 @@ def refuse(config: LMConfig, mesh: MeshConfig) -> None:
     refuse_uneven(model, {"tp": mesh.tp, "ep": mesh.ep})
     if mesh.pp > 1:
         pipeline.refuse(mesh, len(config.expanded), micro_batches=2 * mesh.pp)
+    if mesh.tp > 1:
+        refuse_unsplit(model)
     if mesh.cp > 1:
         refuse_heads(model, mesh)
-    if mesh.ep > 1 and not any(
-        axis.name == "experts" for _, _, _, spec in named_specs(model) for axis in spec.axes if isinstance(axis, Axis)
-    ):
+    if mesh.ep > 1 and not axes_of(model) & set(EXPERT_AXES):
         raise ValueError(f"ep is {mesh.ep} and the model has no experts; use ep=1, or an ffn with experts such as moe")
+
+
+def axes_of(module: nn.Module) -> set[str]:
+    """The names of all axes that a module's parameters declare."""
+    dims = [dim for _, _, _, spec in named_specs(module) for dim in spec.axes]
+    axes = [axis for dim in dims for axis in (dim.axes if isinstance(dim, Parts) else (dim,))]
+    return {axis.name for axis in axes if axis is not None}
+
+
+def refuse_unsplit(model: LM) -> None:
+    """A gathered branch returns a partial sum: one that nothing splits would be added up once per tensor rank."""
+    for layer in model.blocks:
+        mixer, ffn = layer.mixer.branch, layer.ffn.branch
+        for branch, own in ((mixer, mixer.mixer), (ffn, ffn.ffn)):
+            if branch.entry == "gathered" and not axes_of(branch) & set(TENSOR_AXES):
+                raise ValueError(
+                    f"{type(own).__name__} of layer {layer.index} names no axis that tp can split, so its output "
+                    "would count once per rank; name the axis of its projections, or use tp=1"
+                )
 
 
 def refuse_heads(model: LM, mesh: MeshConfig) -> None:
     """Ulysses gives each context rank whole heads of what tensor ranks hold."""
     degree = mesh.tp * mesh.cp
     for name, _, _, spec in named_specs(model):
-        for axis in spec.axes:
-            if isinstance(axis, Axis) and axis.name in ("heads", "kv_heads") and not fits(axis, degree):
-                near = max(n for n in range(1, mesh.cp + 1) if fits(axis, mesh.tp * n))
+        parts = [axis for axes in spec.axes for axis in (axes.axes if isinstance(axes, Parts) else (axes,))]
+        for axis in filter(None, parts):
+            if axis.name in ("heads", "kv_heads") and not fits(axis, degree):
+                near = max(n for n in range(1, min(mesh.cp, axis.groups) + 1) if fits(axis, mesh.tp * n))
                 raise ValueError(
                     f"cp={mesh.cp} with tp={mesh.tp} needs {degree} to divide the {axis.groups} {axis.name} of {name}; "
                     f"use cp={near}"

@@ -142,7 +142,7 @@ def place(out: Tensor, segments: tuple[Segments, ...], value: Tensor) -> None:
 
 
 def refuse_uneven(model: LM, mesh_axes: dict[str, int]) -> None:
-    """Raise ValueError naming the parameter and the nearest degree that divides. mesh_axes: tp, ep degrees and cp."""
+    """Raise ValueError naming the parameter and the nearest degree that divides. mesh_axes: the tp and ep degrees."""
     for name, _, _, spec in named_specs(model):
         for dim, axes in enumerate(spec.axes):
             parts = axes if isinstance(axes, Parts) else Parts((spec.shape[dim],), (axes,))
@@ -151,7 +151,7 @@ def refuse_uneven(model: LM, mesh_axes: dict[str, int]) -> None:
                     degree = mesh_axes[key]
                     if axis.name not in names or fits(axis, degree):
                         continue
-                    near = max(n for n in range(1, degree + 1) if fits(axis, n))
+                    near = max(n for n in range(1, min(degree, axis.groups) + 1) if fits(axis, n))
                     more = math.ceil(axis.groups / degree) * degree
                     raise ValueError(
                         f"{key} is {degree}, which does not divide the {axis.groups} {axis.name} of {name}; "

@@ -66,6 +66,7 @@ def export(config: LMConfig, weights: Mapping[str, Tensor] | nn.Module, out: Pat
     imported, and compares the logits of a random batch. Raises ValueError when something given cannot be exported,
     RuntimeError when the check fails; `out` does not exist then.
     """
+    out = out.resolve()  # the check runs in another current folder, and `.` and `..` are no names
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; export to a new one, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)

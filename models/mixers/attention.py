@@ -40,7 +40,11 @@ class AttentionConfig(MixerConfig, kind="attention"):
     example = MappingProxyType({"num_heads": 8, "num_kv_heads": 4, "head_dim": 4})
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or self.num_heads % (self.num_kv_heads or self.num_heads):
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(
                 f"num_heads {self.num_heads} is not a positive multiple of num_kv_heads {self.num_kv_heads}; change one"
             )

@@ -47,12 +47,16 @@ class GatedDeltaNetConfig(MixerConfig, kind="gated_deltanet"):
     example = MappingProxyType({"num_heads": 2, "num_value_heads": 4, "head_dim": 4, "expand_v": 1.0})
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or (self.num_value_heads or self.num_heads) % self.num_heads:
+        for name in ("num_heads", "num_value_heads", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if (self.num_value_heads or self.num_heads) % self.num_heads:
             raise ValueError(
                 f"num_value_heads {self.num_value_heads} is not a multiple of num_heads {self.num_heads}; "
                 "every key head serves the same number of value heads, so change one of them"
             )
-        if self.head_dim < 1 or not (self.head_dim * self.expand_v).is_integer() or self.expand_v <= 0:
+        if not (self.head_dim * self.expand_v).is_integer() or self.expand_v <= 0:
             raise ValueError(
                 f"head_dim {self.head_dim} x expand_v {self.expand_v} is {self.head_dim * self.expand_v}; "
                 "a value head needs a whole, positive width, so change one of them"

@@ -196,7 +196,7 @@ def test_bfloat16_stays_close() -> None:
     ("fields", "words"),
     [
         ({"num_heads": 4, "num_value_heads": 6}, "multiple of num_heads 4"),
-        ({"num_heads": 0}, "num_heads 0"),
+        ({"num_heads": 0}, "num_heads is 0"),
         ({"num_heads": 2, "expand_v": 0.3}, "whole, positive width"),
         ({"num_heads": 2, "conv_size": 1}, "conv_size is 1"),
     ],

@@ -35,6 +35,7 @@ def test_refused_meshes(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "config", "message"),
     [
+        ("dp=100000", build(), "a check runs them all on this machine, at most 64"),
         ("tp=16", build(), "tp is 16, which does not divide the 8 heads of"),
         ("tp=3", build(vocab_size=33), "use tp=2, or 9 heads"),
         (
@@ -45,11 +46,11 @@ def test_refused_meshes(text: str, message: str) -> None:
         ("cp=16", build(), "cp=16 with tp=1 needs 16 to divide the 8 heads of"),
         ("ep=2", build(), "ep is 2 and the model has no experts; use ep=1"),
         ("ep=8", build(ffn="moe"), "ep is 8, which does not divide the 4 experts of"),
-        ("pp=8", build(), "pp=8 makes 8 stages and the model has 4 layers; use pp=4"),
+        ("pp=8", build(), "pp=8 makes 8 stages and the number of layers is 4; use pp=4"),
         (
             "pp=4,schedule=zbv",
             build(),
-            "pp=4 makes 8 stages (two per rank under zbv) and the model has 4 layers; use pp=2",
+            "pp=4 makes 8 stages (two per rank under zbv) and the number of layers is 4; use pp=2",
         ),
     ],
 )
@@ -72,7 +73,7 @@ def test_expert_ranks_bring_data_ranks_when_nothing_else_does() -> None:
     assert MeshConfig.parse("ep=4").world_size == 4
     assert MeshConfig.parse("ep=4,tp=2") == MeshConfig(dp=2, tp=2, ep=4)
     assert MeshConfig.parse("ep=2,tp=2").world_size == 2
-    assert MeshConfig.parse(" tp=2 , pp=2 ") == MeshConfig(tp=2, pp=2)
+    assert MeshConfig.parse(" tp = 2 , pp=2 ") == MeshConfig(tp=2, pp=2)
 
 
 def numbering(config: MeshConfig) -> dict[str, tuple[int, int]]:

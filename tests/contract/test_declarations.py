@@ -1,0 +1,73 @@
+"""A plug-in that does not do what it declares is stopped where it would otherwise be wrong in silence."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.lm import LM
+from models.params import Linear, initialize
+from models.plugin import Plugin
+from models.slots import FFN, FFNConfig, LayerContext
+from models.state import Result, Side, State
+from parallel.mesh import MeshConfig
+from parallel.preflight import refuse
+from tests.contract.tiny import build
+
+
+@pytest.fixture
+def forget() -> Iterator[None]:
+    """Kinds that a test makes up are gone after it."""
+    known: dict[str, type[Plugin]] = dict(FFNConfig.registry)
+    yield
+    FFNConfig.registry.clear()
+    FFNConfig.registry.update(known)
+
+
+def ffn_with(loss: str | None, declared: bool) -> None:
+    """Register the kind "probe": an unsplit matrix that returns `loss` and says has_losses = `declared`."""
+
+    class Probe(FFN):
+        has_losses = declared
+
+        def __init__(self, ctx: LayerContext) -> None:
+            super().__init__()
+            self.matrix = Linear(ctx.d_model, ctx.d_model)
+
+        def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
+            return Result(self.matrix(x_BTD), losses={} if loss is None else {loss: x_BTD.sum()})
+
+    @dataclasses.dataclass(frozen=True)
+    class ProbeConfig(FFNConfig, kind="probe"):
+        """A probe."""
+
+        def build(self, ctx: LayerContext) -> FFN:
+            return Probe(ctx)
+
+
+@pytest.mark.parametrize(
+    ("loss", "declared", "message"),
+    [
+        ("sparsity", True, "two parts of layer 0 return a loss named 'sparsity'; rename one"),
+        ("mine", False, "layer 0 says has_losses=False and returns ['mine']"),
+        (None, True, "layer 0 says has_losses=True and returns no losses"),
+    ],
+)
+def test_losses_are_not_lost(loss: str | None, declared: bool, message: str, forget: None) -> None:
+    ffn_with(loss, declared)
+    model = LM(build(ffn={"kind": "probe"}, depth={"kind": "skip_middle", "sparsity": 1.0}))
+    initialize(model, 0)
+    x = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError) as error:
+        model(x, x)
+    assert message in str(error.value)
+
+
+def test_a_gathered_branch_that_nothing_splits_is_refused_under_tp(forget: None) -> None:
+    ffn_with(None, False)
+    config = build(ffn={"kind": "probe"})
+    refuse(config, MeshConfig(fsdp=2))
+    with pytest.raises(ValueError, match="Probe of layer 0 names no axis that tp can split"):
+        refuse(config, MeshConfig(tp=2))
