@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     options = ExportConfig(
         tokenizer=args.tokenizer or config.data.tokenizer, max_length=config.data.sequence_length, dtype=args.dtype
     )
-    export(config.model, content.model, Path(args.out).absolute(), options)
+    export(config.model, content.model, Path(args.out), options)
     print(f"{args.out}: {path.name} of {args.run}, reloaded by transformers with the same logits")
     return 0
 

@@ -223,6 +223,16 @@ def test_an_export_checks_itself_and_takes_its_name_last(tmp_path: Path) -> None
     assert config["eos_token_id"] == tokenizer.end_of_document
 
 
+@pytest.mark.parametrize("out", ["out", "deep/out", "."])
+def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = spread(tiny.build(num_layers=1)).float()
+    export(model.config, model, Path(out), ExportConfig())
+    assert (tmp_path / "here" / out / "config.json").is_file()
+    assert [file.name for file in tmp_path.iterdir()] == ["here"]
+
+
 def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = spread(tiny.build(num_layers=1)).float()
     right = export_module.to_plain
