@@ -26,5 +26,6 @@ def shown(value: Any) -> str:
     """A value as one would write it in YAML, shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    # Python writes no decimals of a whole number that is too long.
+    text = hex(value) if isinstance(value, int) and value.bit_length() > 4096 else repr(value)
     return text if len(text) <= 60 else f"{text[:40]} ... {text[-15:]}"

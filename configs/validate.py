@@ -1,10 +1,12 @@
 """Plain data against the types of dataclass fields, and the frozen dataclasses when it fits.
 
 A slot (see `configs.structure.is_slot`) is data with a `kind` that picks the dataclass; leaves are pydantic's, in
-strict mode: "8" is not 8 and 1 is not true, but a whole number may stand for a float.
+strict mode: "8" is not 8 and 1 is not true, but a whole number may stand for a float. Whole numbers have 63 bits
+and a sign, as in torch, and other numbers are finite.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from functools import cache
@@ -100,12 +102,17 @@ def validate_items(annotation: Any, data: Any, path: str) -> list[Any]:
 
 
 class LeafError(ConfigError):
-    """A value of the wrong type, with nothing near it to propose."""
+    """A value of the wrong type or size, with nothing near it to propose."""
 
 
 def validate_leaf(annotation: Any, data: Any, path: str) -> Any:
+    if isinstance(data, int) and not -(2**63) <= data < 2**63:
+        raise LeafError(at(path, f"{shown(data)} is out of range; write a whole number below 2**63 in magnitude"))
     try:
-        return adapter(annotation).validate_python(data)
+        value = adapter(annotation).validate_python(data)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise LeafError(at(path, f"{shown(value)} is not finite; write a number below 1e308 in magnitude"))
+        return value
     except ValidationError as error:
         text = f"{shown(data)} is not {describe(annotation)}"
         if choices := literals(without_none(annotation)):

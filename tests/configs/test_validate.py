@@ -122,7 +122,7 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
         ),
         ("model.vocab_size=0", "model: vocab_size is 0; it must be at least 2"),
         ("optim.clip=0", "optim: clip is 0.0; it must be more than 0, or null for no clipping"),
-        ("optim.lr=.nan", "optim: lr is nan; it must be at least 0"),
+        ("optim.lr=.nan", "optim.lr: nan is not finite; write a number below 1e308 in magnitude"),
         ("optim.betas=[1, 0]", "optim: betas is [1.0, 0.0]; both must lie in [0, 1), such as [0.9, 0.95]"),
         ("schedule.min_ratio=2", "schedule: min_ratio is 2.0; it must lie in [0, 1]"),
         ("data.train=d/train.bin", "data: train is 'd/train.bin'; leave the ending out, 'd/train' names both files"),
@@ -225,3 +225,28 @@ def test_other_types_refused(data: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(Shapes, data, "s")
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("optim.lr", float("nan"), "nan is not finite"),
+        ("optim.lr", float("-inf"), "-inf is not finite"),
+        ("schedule.min_ratio", float("1e400"), "inf is not finite"),
+        ("optim.lr", 10**400, "is out of range; write a whole number below 2**63"),
+        ("run.seed", 2**63, "9223372036854775808 is out of range; write a whole number below 2**63"),
+        ("run.seed", 1 << 20000, "is out of range; write a whole number below 2**63"),
+    ],
+    ids=["nan", "inf", "1e400", "large_float", "seed", "too_long_to_write"],
+)
+def test_numbers_are_finite_and_fit(key: str, value: float, said: str) -> None:
+    data = copy.deepcopy(RUN)
+    section, name = key.split(".")
+    data.setdefault(section, {})[name] = value
+    with pytest.raises(ConfigError) as caught:
+        parse(RunConfig, data)
+    assert str(caught.value).startswith(f"{key}: ") and said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_largest_whole_number_passes() -> None:
+    assert parse(RunConfig, {**RUN, "run": {"dir": "x", "seed": 2**63 - 1}}).run.seed == 2**63 - 1
