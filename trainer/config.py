@@ -58,8 +58,8 @@ class TrainConfig:
 
     steps: optimiser steps. global_batch: sequences of a step. micro_batch: sequences of a data rank's forward pass.
     log_every, eval_every, save_every: in steps, 0 is never; a run also saves its last step. eval_batches: global
-    batches of an evaluation. keep_checkpoints: older ones are deleted. dtype: of the computation; bfloat16 keeps
-    float32 weights.
+    batches of an evaluation. keep_checkpoints: older ones are deleted. dtype: of the weights and the computation;
+    bfloat16 is refused, since it needs float32 master weights.
     """
 
     steps: int
@@ -75,6 +75,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "global_batch", "micro_batch", "eval_batches", "keep_checkpoints")
         at_least(self, 0, "log_every", "eval_every", "save_every")
+        if self.dtype == "bfloat16":
+            raise ValueError(
+                "dtype is bfloat16, which needs float32 master weights that are not built yet; use float32"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

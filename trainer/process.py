@@ -30,6 +30,4 @@ def joined(config: MeshConfig) -> Iterator[Mesh]:
 
 def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
     """The run's model on the mesh, with its initial weights."""
-    if config.train.dtype == "bfloat16":
-        raise ValueError("train.dtype bfloat16 needs float32 master weights, which are not built yet; use float32")
     return Engine(config.model, mesh, seed=config.run.seed, dtype=getattr(torch, config.train.dtype))

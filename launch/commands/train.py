@@ -20,9 +20,12 @@ def run(args: argparse.Namespace) -> int:
     from launch.local import torchrun
     from launch.runs import load_run
     from trainer.loop import Launch, train
+    from trainer.preflight import refuse_data
     from trainer.process import joined
 
     config = load_run(args.config, args.overrides)
+    # Before torchrun, which would answer with a report on every rank.
+    refuse_data(config)
     launch = Launch(args.stop_after, args.fresh)
     if config.mesh.world_size > 1 and "WORLD_SIZE" not in os.environ:
         torchrun(config.mesh.world_size, ["train", args.config, *args.overrides, *options(args)])

@@ -13,6 +13,7 @@ import pytest
 from launch.cli import find_commands, main
 from launch.command import Command
 from launch.local import ROOT, environment
+from trainer.prepare import MANIFEST
 
 CONFIG = "configs/debug_attention.yaml"
 SMALL = ["model.d_model=32", "data.sequence_length=16", "train.global_batch=2", "train.micro_batch=1", "train.steps=2"]
@@ -245,7 +246,41 @@ def test_check_reports(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
-def test_train_of_several_ranks_becomes_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def dataset(folder: Path, vocab_size: int = 60) -> list[str]:
+    """The overrides for files that are there and that nobody reads."""
+    folder.mkdir()
+    for name in ("train.bin", "train.idx", "valid.bin", "valid.idx", "tokenizer.model"):
+        (folder / name).touch()
+    manifest = {"tokenizer": {"vocab_size": vocab_size, "sha256": "0"}}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return [f"data.train={folder}/train", f"data.valid={folder}/valid", f"data.tokenizer={folder}/tokenizer.model"]
+
+
+@pytest.mark.parametrize("mesh", [[], ["mesh.tp=2"]])
+def test_train_refuses_before_any_process_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mesh: list[str]
+) -> None:
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("torchrun started"))
+    folder = tmp_path / "data"
+    paths = dataset(folder)
+
+    def said(*overrides: str) -> str:
+        return refused(capsys, "train", CONFIG, *mesh, *paths, *overrides)
+
+    gone = tmp_path / "gone"
+    for name in ("train", "valid"):
+        sentence = f"data.{name}: {gone}/x.bin does not exist; make it with weft prepare {gone} SOURCE ..."
+        assert said(f"data.{name}={gone}/x") == sentence
+        sentence = f"data.{name}: {folder} is a folder; give the dataset in it, {folder}/{name}"
+        assert said(f"data.{name}={folder}") == sentence
+    assert said(f"data.tokenizer={gone}").startswith(f"data.tokenizer: {gone} does not exist; ")
+    assert said("train.dtype=bfloat16").endswith("needs float32 master weights that are not built yet; use float32")
+    assert said("model.vocab_size=58") == (
+        "model.vocab_size is 58 and the data's tokenizer has 60 pieces; use at least 60"
+    )
+
+
+def test_train_of_several_ranks_becomes_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Replaced(BaseException):
         pass
 
@@ -256,12 +291,13 @@ def test_train_of_several_ranks_becomes_torchrun(monkeypatch: pytest.MonkeyPatch
         raise Replaced
 
     monkeypatch.setattr(os, "execve", execve)
+    paths = dataset(tmp_path / "data")
     with pytest.raises(Replaced):
-        main(["train", CONFIG, "mesh.tp=2", "--stop-after", "3", "--fresh"])
+        main(["train", CONFIG, "mesh.tp=2", *paths, "--stop-after", "3", "--fresh"])
     _, command, env = called
     assert command[1:] == [
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "launch.cli"),
-        *("train", CONFIG, "mesh.tp=2", "--stop-after=3", "--fresh"),
+        *("train", CONFIG, "mesh.tp=2", *paths, "--stop-after=3", "--fresh"),
     ]
     assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT) and env["PYTHONSAFEPATH"] == "1"
 
