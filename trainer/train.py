@@ -5,27 +5,27 @@ import os
 import sys
 from collections.abc import Sequence
 
-from configs.load import load
-from configs.validate import parse
-from trainer.config import RunConfig
 from trainer.loop import Launch, train
+from trainer.preflight import load_run, refuse_data
 from trainer.process import joined
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.train", description="Train, or resume, a run.")
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", help="such as train.steps=100")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as train.steps=100")
     parser.add_argument("--stop-after", type=int, help="save and end after this step")
     parser.add_argument("--fresh", action="store_true", help="move aside what the run's folder holds, and start anew")
     args = parser.parse_intermixed_args(arguments)
     try:
-        config = parse(RunConfig, load(args.config, args.overrides))
+        config = load_run(args.config, args.overrides)
+        refuse_data(config)
         with joined(config.mesh) as mesh:
             train(config, mesh, Launch(args.stop_after, args.fresh))
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        sentence = " ".join(str(error).split())
+        print(f"error: {sentence}" if rank == "0" else f"error on rank {rank}: {sentence}", file=sys.stderr)
         return 2
     return 0
 

@@ -280,6 +280,16 @@ def test_train_refuses_before_any_process_starts(
     )
 
 
+def test_the_module_refuses_what_the_command_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from trainer.train import main as module
+
+    paths = dataset(tmp_path / "data")
+    for wrong in (["mesh.tp=3"], ["model.d_model=62"], ["data.train=nope/x"], ["train.dtype=bfloat16"], ["steps"]):
+        sentence = refused(capsys, "train", CONFIG, *paths, *wrong)
+        assert module([CONFIG, *paths, *wrong]) == 2
+        assert capsys.readouterr() == ("", f"error: {sentence}\n")
+
+
 def test_train_of_several_ranks_becomes_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Replaced(BaseException):
         pass
