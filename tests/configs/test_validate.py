@@ -250,3 +250,8 @@ def test_numbers_are_finite_and_fit(key: str, value: float, said: str) -> None:
 
 def test_the_largest_whole_number_passes() -> None:
     assert parse(RunConfig, {**RUN, "run": {"dir": "x", "seed": 2**63 - 1}}).run.seed == 2**63 - 1
+
+
+def test_the_kind_is_judged_before_its_keys() -> None:
+    with pytest.raises(ConfigError, match=r"^optim\.kind: 'sgd' is no choice; the choices are adamw$"):
+        parse(RunConfig, {**RUN, "optim": {"kind": "sgd", "momentum": 0.9}})
