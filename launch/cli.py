@@ -1,6 +1,7 @@
 """`weft`: the command line. Every command is a file of `launch/commands/`.
 
-What a user did wrong is one sentence on stderr and exit code 2; with WEFT_TRACEBACK=1 also where it was found.
+What a user did wrong is one sentence on stderr and exit code 2, and a command that broke down before its verdict is one
+with exit code 3; with WEFT_TRACEBACK=1 also where it was found.
 """
 
 import importlib
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from configs.errors import did_you_mean
 from launch import commands
-from launch.command import Command, Parser, UsageError
+from launch.command import Command, Parser, UnfinishedError, UsageError
 
 Commands = Mapping[str, "Command | Commands"]
 
@@ -60,13 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever reads the output has seen enough; what is left in the buffer must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, UnfinishedError) as error:
         if os.environ.get("WEFT_TRACEBACK") == "1":
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         who = "weft" if rank == "0" else f"weft (rank {rank})"
         print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, UnfinishedError) else 2
     except KeyboardInterrupt:
         print("weft: interrupted", file=sys.stderr)
         return 130

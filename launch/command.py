@@ -12,6 +12,10 @@ class UsageError(ValueError):
     """The command line itself is wrong."""
 
 
+class UnfinishedError(Exception):
+    """A command that has no verdict, for a reason that is neither its answer nor the user's mistake."""
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence instead of printing the usage, and leaves the exit to its caller."""
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from launch.command import Command, config_arguments
+from launch.command import Command, UnfinishedError, config_arguments
 
 if TYPE_CHECKING:
     from parallel.check import Report
@@ -22,6 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        report = compare(args)
+    except ValueError:
+        raise
+    except Exception as error:
+        # Python's own exit code for a crash, 1, would say that the mesh computes something else.
+        raise UnfinishedError(f"check could not finish: {last_line(error)}") from error
+    if args.json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        print(*summary(report), sep="\n")
+    return 0 if report.ok else 1
+
+
+def compare(args: argparse.Namespace) -> "Report":
+    """Raises ValueError for what is refused."""
     import torch
 
     from launch.runs import load_run
@@ -29,13 +45,18 @@ def run(args: argparse.Namespace) -> int:
     from parallel.mesh import MeshConfig
 
     mesh = MeshConfig.parse(args.mesh)
+    if mesh.world_size == 1:
+        raise ValueError(f"--mesh {args.mesh!r} is one process, with nothing to compare; give a mesh such as tp=2")
+    if args.length < 1:
+        raise ValueError(f"--length is {args.length}; it must be at least 1")
     config = load_run(args.config, args.overrides)
-    report = check.run(config.model, mesh, check.Settings(length=args.length, dtype=getattr(torch, args.dtype)))
-    if args.json:
-        print(json.dumps(report.as_dict(), indent=2))
-    else:
-        print(*summary(report), sep="\n")
-    return 0 if report.ok else 1
+    return check.run(config.model, mesh, check.Settings(length=args.length, dtype=getattr(torch, args.dtype)))
+
+
+def last_line(error: Exception) -> str:
+    """What happened; the message of a rank's error is the rank's whole traceback."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if "Traceback" in str(error) else f"{type(error).__name__}: {' '.join(lines)}"
 
 
 def summary(report: "Report") -> Iterator[str]:

@@ -13,6 +13,7 @@ import pytest
 from launch.cli import find_commands, main
 from launch.command import Command
 from launch.local import ROOT, environment
+from parallel.testing import RankError
 from trainer.prepare import MANIFEST
 
 CONFIG = "configs/debug_attention.yaml"
@@ -244,6 +245,39 @@ def test_check_reports(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     )
     assert main(["check", CONFIG, "--mesh", "pp=2", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RankError("rank 1 of 2:\nTraceback (most recent call last):\n  ...\nKeyError: 'x'\n"), "KeyError: 'x'"),
+        (TimeoutError("ranks [1] of 2 did not answer"), "TimeoutError: ranks [1] of 2 did not answer"),
+        (AssertionError(), "AssertionError: "),
+    ],
+    ids=["rank", "timeout", "crash"],
+)
+def test_a_check_that_breaks_down_is_no_verdict(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    def run(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("parallel.check.run", run)
+    assert main(["check", CONFIG, "--mesh", "tp=2"]) == 3
+    assert capsys.readouterr() == ("", f"weft: check could not finish: {sentence}".rstrip() + "\n")
+    monkeypatch.setenv("WEFT_TRACEBACK", "1")
+    assert main(["check", CONFIG, "--mesh", "tp=2"]) == 3
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+@pytest.mark.parametrize("mesh", ["", "tp=1", "pp=1,dp=1"])
+def test_a_check_needs_several_ranks(capsys: pytest.CaptureFixture[str], mesh: str) -> None:
+    sentence = f"--mesh '{mesh}' is one process, with nothing to compare; give a mesh such as tp=2"
+    assert refused(capsys, "check", CONFIG, "--mesh", mesh) == sentence
+
+
+def test_a_check_needs_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "check", CONFIG, "--mesh", "tp=2", "--length", "0") == "--length is 0; it must be at least 1"
 
 
 def dataset(folder: Path, vocab_size: int = 60) -> list[str]:
