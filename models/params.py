@@ -151,6 +151,12 @@ class Linear(nn.Module):
         return F.linear(x_ND, self.weight, self.bias)
 
 
+def check_eps(eps: float) -> None:
+    """Raise ValueError unless eps keeps a norm from dividing by zero."""
+    if eps <= 0:
+        raise ValueError(f"eps is {eps}; it must be above 0, and 1e-6 is usual")
+
+
 class RMSNorm(nn.Module):
     """`x * weight / sqrt(mean(x^2) + eps)` over the last dimension (Zhang & Sennrich, arXiv 1910.07467)."""
 

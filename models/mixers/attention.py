@@ -52,6 +52,8 @@ class AttentionConfig(MixerConfig, kind="attention"):
             raise ValueError(f"window is {self.window}; it must be at least 1, or null for no window")
         if not 0 < self.rope_fraction <= 1:
             raise ValueError(f"rope_fraction is {self.rope_fraction}; it must lie in (0, 1]")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0, and 10000 is usual")
 
     def build(self, ctx: LayerContext) -> Mixer:
         head_dim = self.head_dim or ctx.d_model // self.num_heads
@@ -59,10 +61,11 @@ class AttentionConfig(MixerConfig, kind="attention"):
             raise ValueError(
                 f"d_model {ctx.d_model} is not a multiple of num_heads {self.num_heads}; give head_dim, or change one"
             )
-        if self.rope != "none" and int(head_dim * self.rope_fraction) % 2:
+        rotated = int(head_dim * self.rope_fraction)
+        if self.rope != "none" and (rotated % 2 or not rotated):
             raise ValueError(
-                f"rope would turn {int(head_dim * self.rope_fraction)} of a head's {head_dim} channels, an odd number, "
-                "and it turns pairs; change head_dim or rope_fraction, or use rope none"
+                f"rope would turn {rotated} of a head's {head_dim} channels, and it turns pairs; "
+                "change head_dim or rope_fraction, or use rope none"
             )
         return Attention(self, ctx, head_dim)
 

@@ -5,7 +5,7 @@ import dataclasses
 from torch import Tensor, nn
 
 from models.norms.pre import Pre
-from models.params import RMSNorm
+from models.params import RMSNorm, check_eps
 from models.slots import NormConfig, Placement
 
 
@@ -14,6 +14,9 @@ class PeriNorm(NormConfig, kind="peri"):
     """RMSNorms on both sides of a branch, and one on the embedding."""
 
     eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
 
     def build(self, d_model: int, num_views: int) -> Placement:
         return Peri(d_model, num_views, self.eps)

@@ -4,7 +4,7 @@ import dataclasses
 
 from torch import Tensor
 
-from models.params import RMSNorm
+from models.params import RMSNorm, check_eps
 from models.slots import NormConfig, Placement
 
 
@@ -13,6 +13,9 @@ class PostNorm(NormConfig, kind="post"):
     """One RMSNorm behind a branch, before its output joins the stream."""
 
     eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
 
     def build(self, d_model: int, num_views: int) -> Placement:
         return Post(d_model, self.eps)

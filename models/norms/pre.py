@@ -4,7 +4,7 @@ import dataclasses
 
 from torch import nn
 
-from models.params import RMSNorm
+from models.params import RMSNorm, check_eps
 from models.slots import NormConfig, Placement
 from models.state import Views
 
@@ -14,6 +14,9 @@ class PreNorm(NormConfig, kind="pre"):
     """One RMSNorm in front of a branch, or one for each of its query, key and value inputs where they differ."""
 
     eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
 
     def build(self, d_model: int, num_views: int) -> Placement:
         return Pre(d_model, num_views, self.eps)

@@ -28,8 +28,11 @@ class ReversibleResidual(ResidualConfig, kind="reversible"):
     takes_shortcut = False
 
     def __post_init__(self) -> None:
-        if self.grid_bits is not None and self.grid_bits < 1:
-            raise ValueError(f"grid_bits is {self.grid_bits}; it must be at least 1, or null for no grid")
+        if self.grid_bits is not None and not 1 <= self.grid_bits <= 52:
+            raise ValueError(
+                f"grid_bits is {self.grid_bits}; it must lie between 1 and 52, which float64 holds (14 suits float32), "
+                "or be null for no grid"
+            )
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         source, target = ("x2", "x1") if branch == "mixer" else ("x1", "x2")
