@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.buffers import reset_buffers
 from models.config import LMConfig
-from models.lm import LM, Output
+from models.lm import LM
 from models.loss import IGNORE
 from models.params import ParamSpec
 from parallel import context, data, expert, gradients, pipeline, tensor
@@ -94,11 +94,17 @@ class Engine:
         self._schedules: dict[tuple[int, ...], object] = {}
 
     def _shared(self) -> dict[str, Ranks]:
-        """Parameters with copies on several stages, and the pipeline ranks that hold them."""
-        if not self.stages or not self.config.tie_embeddings:
+        """Parameters with copies on several stages, whatever made them, and the pipeline ranks that hold one."""
+        if not self.stages:
             return {}
-        last = pipeline.owner(pipeline.num_stages(self.mesh.config) - 1, self.mesh.config)
-        return {"embed.weight": self.mesh.pipeline_ranks(sorted({0, last}))}
+        everyone: list[list[str]] = [[] for _ in range(self.mesh.pp.size)]
+        dist.all_gather_object(everyone, [held.shard.name for held in self.held()], group=self.mesh.pp.group)
+        holders: dict[str, list[int]] = {}
+        for rank, names in enumerate(everyone):
+            for name in names:
+                holders.setdefault(name, []).append(rank)
+        copied = {name: sorted(set(ranks)) for name, ranks in sorted(holders.items()) if len(ranks) > 1}
+        return {name: self.mesh.pipeline_ranks(ranks) for name, ranks in copied.items()}
 
     def held(self) -> Iterator[Held]:
         for model in self.models:
@@ -147,19 +153,11 @@ class Engine:
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(index == micro_batches - 1)
             side = {name: parts[index] for name, parts in chunks.items()}
-            out = self._forward(side)
+            out = pipeline.forward(model, side)
             assert out.loss is not None
             (out.loss * scale).backward()
             record.add(out)
         return record
-
-    def _forward(self, side: dict[str, Tensor]) -> Output:
-        return self.models[0](
-            side["tokens"],
-            side["targets"],
-            documents_BT=side.get("documents"),
-            positions_BT=side.get("positions"),
-        )
 
     def _pipelined(self, batch: Batch, micro_batches: int, scale: float) -> pipeline.Record:
         sequences, length = batch.tokens.shape
@@ -220,7 +218,7 @@ class Engine:
             record = pipeline.relay(self.stages, self.mesh, batch.side(), self.dtype)
         else:
             record = pipeline.Record()
-            record.add(self._forward(batch.side()))
+            record.add(pipeline.forward(self.models[0], batch.side()))
         for root in self.stages or self.models:
             data.reshard(root)
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)

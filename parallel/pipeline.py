@@ -23,7 +23,7 @@ from torch.distributed.pipelining.schedules import (
 from models.config import LMConfig
 from models.lm import LM, Output
 from models.params import Axis
-from models.state import Entry, Layout
+from models.state import Entry, Layout, State
 from parallel.mesh import Mesh, MeshConfig
 from parallel.shards import split
 
@@ -95,6 +95,17 @@ class Record:
         self.stats.append(dict(out.stats))
 
 
+def forward(model: LM, side: dict[str, Tensor], state: State | None = None) -> Output:
+    """Call a model, or a slice of one, with a batch's tensors by name."""
+    return model(
+        side["tokens"],
+        side["targets"],
+        documents_BT=side.get("documents"),
+        positions_BT=side.get("positions"),
+        state=state,
+    )
+
+
 class Stage(nn.Module):
     """A slice of the model that takes and returns tensors by position, in the order of its boundary's entries.
 
@@ -111,13 +122,7 @@ class Stage(nn.Module):
     def forward(self, *tensors: Tensor, **side: Tensor) -> Tensor | tuple[Tensor, ...]:
         names = [entry.name for entry in self.entries_in]
         received = [_Received.apply(x) for x in tensors]
-        out = self.model(
-            side["tokens"],
-            side["targets"],
-            documents_BT=side.get("documents"),
-            positions_BT=side.get("positions"),
-            state=dict(zip(names, received, strict=True)) if names else None,
-        )
+        out = forward(self.model, side, dict(zip(names, received, strict=True)) if names else None)
         self.record.add(out)
         if out.state is None:
             assert out.loss is not None
