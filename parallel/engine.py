@@ -10,14 +10,13 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from models.buffers import reset_buffers
 from models.config import LMConfig
 from models.lm import LM
 from models.loss import IGNORE
-from models.params import ParamSpec
 from parallel import context, data, expert, gradients, pipeline, tensor
 from parallel.gradients import Held
 from parallel.mesh import Mesh, Ranks
@@ -110,11 +109,6 @@ class Engine:
         for model in self.models:
             for module, attribute, piece in shards(model, self.mesh):
                 yield Held(getattr(module, attribute), piece)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]:
-        """(global name, local parameter, spec); a copy's name ends in "@copy"."""
-        for held in self.held():
-            yield held.shard.name + ("@copy" if held.shard.copy else ""), held.parameter, held.shard.spec
 
     def step_gradients(self, batch: Batch, micro_batches: int) -> StepOutput:
         """Zero the gradients, run forward and backward over this data rank's batch, and complete them.

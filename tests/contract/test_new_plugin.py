@@ -107,7 +107,7 @@ def test_it_is_found_and_trains(folder: Path) -> None:
     assert "moving_average" in MixerConfig.kinds()
     engine = Engine(config(), Mesh.single(), seed=0)
     tokens = torch.randint(32, (4, 12), generator=torch.Generator().manual_seed(0))
-    optimiser = torch.optim.AdamW([parameter for _, parameter, _ in engine.named_parameters()], lr=0.01)
+    optimiser = torch.optim.AdamW([held.parameter for held in engine.held()], lr=0.01)
     losses = []
     for _ in range(30):
         losses.append(float(engine.step_gradients(Batch(tokens, tokens), 2).loss))
