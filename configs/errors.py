@@ -29,3 +29,10 @@ def shown(value: Any) -> str:
     # Python writes no decimals of a whole number that is too long.
     text = hex(value) if isinstance(value, int) and value.bit_length() > 4096 else repr(value)
     return text if len(text) <= 60 else f"{text[:40]} ... {text[-15:]}"
+
+
+def sentence(error: BaseException) -> str:
+    """An error as one line for a person; the system's own errors name the path and the way out."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; give a path that exists and that this user may read and write"
+    return " ".join(str(error).split())

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 
-from configs.errors import did_you_mean
+from configs.errors import did_you_mean, sentence
 from launch import commands
 from launch.command import Command, Parser, UnfinishedError, UsageError
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         who = "weft" if rank == "0" else f"weft (rank {rank})"
-        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{who}: {sentence(error)}", file=sys.stderr)
         return 3 if isinstance(error, UnfinishedError) else 2
     except KeyboardInterrupt:
         print("weft: interrupted", file=sys.stderr)

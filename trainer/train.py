@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from configs.errors import sentence
 from trainer.loop import Launch, train
 from trainer.preflight import load_run, refuse_data
 from trainer.process import joined
@@ -24,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train(config, mesh, Launch(args.stop_after, args.fresh))
     except (ValueError, OSError, FloatingPointError) as error:
         rank = os.environ.get("RANK", "0")
-        sentence = " ".join(str(error).split())
-        print(f"error: {sentence}" if rank == "0" else f"error on rank {rank}: {sentence}", file=sys.stderr)
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
 
