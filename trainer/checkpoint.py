@@ -17,23 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.durable import sha256_of_file, sync_file, sync_folder
+from trainer.state import RunState
 
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 NAME = re.compile(r"step-(\d{8,})")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunState:
-    """Where a run stands: optimiser steps done, samples and targets seen."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-
-    def after(self, samples: int, tokens: int) -> "RunState":
-        """The state after one more step."""
-        return RunState(self.step + 1, self.samples + samples, self.tokens + tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ from rich.console import Console
 from models.lm import LM
 from parallel.mesh import Mesh
 from trainer import metrics
-from trainer.checkpoint import RunState
 from trainer.config import RunConfig
 from trainer.data import Sequences, TrainingData, on_device
 from trainer.evaluate import evaluate
@@ -22,6 +21,7 @@ from trainer.process import build_engine
 from trainer.resume import on_main, resume, save
 from trainer.runfolder import refuse_lost, retire, write_config
 from trainer.schedule import factor
+from trainer.state import RunState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,14 @@ class AdamW:
         self._adamw.step()
         self._steps += 1
 
+    def state(self, held: Held) -> dict[str, Tensor]:
+        """See `trainer.state.OptimizerState`: "exp_avg", "exp_avg_sq" and the count of updates, "step"."""
+        own = self._adamw.state[held.parameter]
+        if not own:
+            own["step"] = torch.zeros(())
+            own |= {moment: torch.zeros_like(held.parameter) for moment in MOMENTS}
+        return own
+
     def full_state(self) -> dict[str, Tensor]:
         """Both moments of every parameter, whole, as "name/exp_avg" and "name/exp_avg_sq" (a collective).
 

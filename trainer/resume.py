@@ -9,9 +9,10 @@ import torch.distributed as dist
 from configs.structure import to_plain
 from parallel.engine import Engine
 from trainer import checkpoint
-from trainer.checkpoint import Checkpoint, RunState
+from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig
 from trainer.optim import AdamW
+from trainer.state import RunState
 
 T = TypeVar("T")
 FOLDER = "checkpoints"

@@ -14,10 +14,10 @@ from models.ffn.swiglu import SwiGLUConfig
 from models.mixers.attention import AttentionConfig
 from parallel.mesh import Mesh, MeshConfig
 from trainer import metrics
-from trainer.checkpoint import RunState
 from trainer.config import AdamWConfig, DataConfig, OutputConfig, RunConfig, ScheduleConfig, TrainConfig
 from trainer.loop import Launch, train
 from trainer.prepare import PrepareConfig, prepare
+from trainer.state import RunState
 from trainer.tokenizer import TokenizerConfig
 
 VOCAB = 320

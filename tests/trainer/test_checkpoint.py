@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from trainer import checkpoint
-from trainer.checkpoint import Checkpoint, RunState, damage, newest, read, steps, write
+from trainer.checkpoint import Checkpoint, damage, newest, read, steps, write
+from trainer.state import RunState
 
 
 def content(step: int) -> Checkpoint:
