@@ -3,6 +3,8 @@
 import dataclasses
 from typing import TypeVar
 
+from torch import nn
+
 from models.plugin import Plugin
 from models.slots import (
     DepthConfig,
@@ -76,7 +78,10 @@ class LMConfig:
         """The config of every layer, in order."""
         return tuple(self.layers[letter] for letter in self.pattern * self.repeat)
 
-    def context(self, index: int) -> LayerContext:
+    def context(self, index: int, pool: dict[str, nn.Module] | None = None) -> LayerContext:
+        """What layer `index` knows of its place. pool: of modules that layers share."""
         layers = self.expanded
         norm = layers[index].norm or self.norm
-        return LayerContext(self.d_model, index, layers, norm.eps, self.residual.output_gain())
+        return LayerContext(
+            self.d_model, index, layers, norm.eps, self.residual.output_gain(), {} if pool is None else pool
+        )

@@ -9,8 +9,8 @@ from typing import Generic, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from models.config import LMConfig
-from models.slots import FFN, Cache, Connection, DepthControl, Mixer, Placement, Values
-from models.state import KEY_GATE, Entry, Result, Side, State, Views
+from models.slots import FFN, Cache, Connection, DepthControl, Mixer, OwnTokens, Placement, Values
+from models.state import KEY_GATE, Entry, Layout, Result, Side, State, Views
 
 Core = Callable[[dict[str, Tensor], dict[str, Tensor], Side, Cache | None], tuple[Tensor, Cache | None]]
 
@@ -18,8 +18,8 @@ Core = Callable[[dict[str, Tensor], dict[str, Tensor], Side, Cache | None], tupl
 class Boundary:
     """What happens to tensors that enter and leave a branch. This one: nothing; `parallel/` has others."""
 
-    def enter(self, views: Views, inputs: State) -> tuple[Views, State]:
-        return views, inputs
+    def enter(self, views: Views, inputs: State, by_head: State) -> tuple[Views, State]:
+        return views, {**inputs, **by_head}
 
     def exit(self, out_BTD: Tensor) -> Tensor:
         return out_BTD
@@ -38,32 +38,44 @@ class LocalCore:
 
 
 class MixerBranch(nn.Module):
-    """project -> values -> core -> merge."""
+    """own_tokens -> project -> values -> core -> merge."""
 
     def __init__(self, mixer: Mixer, values: Values) -> None:
         super().__init__()
         self.mixer, self.values = mixer, values
         self.run_core = LocalCore()
         self.entry = "gathered"
-        self.reads, self.writes, self.has_losses = values.reads, values.writes, False
+        self.reads = tuple(dict.fromkeys((*mixer.reads, *values.reads)))
+        self.writes, self.has_losses = (*mixer.writes, *values.writes), mixer.has_losses
+
+    def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:
+        return self.mixer.own_tokens(views, inputs, side)
 
     def forward(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
-        heads, kept = self.mixer.project(views, side)
-        heads["v"], writes = self.values(heads["v"], inputs)
+        heads, kept, writes = self.mixer.project(views, inputs, side)
+        heads["v"], more = self.values(heads["v"], inputs)
         if KEY_GATE in inputs:
             heads[KEY_GATE] = inputs[KEY_GATE]
         out_BTHV, cache = self.run_core(self.mixer.core, heads, self.mixer.core_weights(), whole, cache)
-        return Result(self.mixer.merge(out_BTHV, kept), writes, cache=cache)
+        return Result(self.mixer.merge(out_BTHV, kept), {**writes, **more}, cache=cache)
 
 
 class FFNBranch(nn.Module):
-    """An FFN as a branch."""
+    """An FFN as a branch. Raises ValueError for one that is gathered and has losses or entries."""
 
     def __init__(self, ffn: FFN) -> None:
         super().__init__()
+        if ffn.entry == "gathered" and (ffn.has_losses or ffn.writes):
+            raise ValueError(
+                f"{type(ffn).__name__} has losses or writes entries and runs on gathered tokens, where they would "
+                'count once per tensor rank; say entry = "tokens"'
+            )
         self.ffn = ffn
         self.entry = ffn.entry
         self.reads, self.writes, self.has_losses = ffn.reads, ffn.writes, ffn.has_losses
+
+    def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:
+        return OwnTokens()
 
     def forward(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
         return self.ffn(views.q_BTD, inputs, side)
@@ -81,10 +93,9 @@ class Sublayer(nn.Module, Generic[Branch]):
         self.boundary = Boundary()
         self.reads = (*connection.reads, *branch.reads)
         self.writes = (*connection.writes, *branch.writes)
-        if twice := {entry.name for entry in connection.writes} & {entry.name for entry in branch.writes}:
-            raise ValueError(
-                f"the residual and a branch both write the state entry {min(twice)!r}; rename the branch's"
-            )
+        names = [entry.name for entry in self.writes]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two parts of a sublayer write the state entry {twice[0]!r}; rename one")
 
     def forward(
         self, state: State, side: Side, local: Side, gate_BT: Tensor | None, key_gate: bool, cache: Cache | None
@@ -93,12 +104,33 @@ class Sublayer(nn.Module, Generic[Branch]):
         inputs = {name: state[name] for name in self.branch.reads}
         if gate_BT is not None and key_gate:
             inputs[KEY_GATE] = gate_BT
-        views, inputs = self.boundary.enter(self.placement.before(views), inputs)
+        views = self.placement.before(views)
+        own = self.branch.own_tokens(views, inputs, local)
+        views, inputs = self.boundary.enter(views, {**inputs, **own.made}, dict(own.made_by_head))
         result = self.branch(views, inputs, self.boundary.side(local), side, cache)
+        self.check_written(own, result)
         out_BTD = self.scaling(self.placement.after(self.boundary.exit(result.out_BTD)))
         if gate_BT is not None:
             out_BTD = out_BTD * gate_BT[..., None].to(out_BTD.dtype)
+        result = result._replace(
+            writes={**own.writes, **result.writes},
+            losses={**own.losses, **result.losses},
+            stats={**own.stats, **result.stats},
+        )
         return {**self.connection.write(state, kept, out_BTD), **result.writes}, result
+
+    def check_written(self, own: OwnTokens, result: Result) -> None:
+        """Raise ValueError unless the branch wrote what it declares, where tokens and heads lie as it declares."""
+        over_heads = {entry.name for entry in self.branch.writes if entry.layout is Layout.HEADS}
+        over_tokens = {entry.name for entry in self.branch.writes} - over_heads
+        early, late = set(own.writes), set(result.writes)
+        expected = (over_tokens, over_heads) if self.branch.entry == "gathered" else (set(), over_tokens | over_heads)
+        if (early, late) != expected:
+            raise ValueError(
+                f"a {type(self.branch).__name__} declares the entries {sorted(over_tokens)} over tokens and "
+                f"{sorted(over_heads)} over heads, and writes {sorted(early)} with its own tokens and {sorted(late)} "
+                "with its output; a mixer writes the former in own_tokens and the latter in project"
+            )
 
 
 def joined(index: int, *parts: tuple[bool, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -128,11 +160,14 @@ class Extras(NamedTuple):
 
 
 class Layer(nn.Module):
-    """Layer `index` of the model, built from its config. `keep`: the entries that later layers still read."""
+    """Layer `index` of the model, built from its config. pool: the modules that layers share.
 
-    def __init__(self, config: LMConfig, index: int) -> None:
+    `keep`: the entries that later layers still read.
+    """
+
+    def __init__(self, config: LMConfig, index: int, pool: dict[str, nn.Module] | None = None) -> None:
         super().__init__()
-        ctx, own = config.context(index), config.expanded[index]
+        ctx, own = config.context(index, pool), config.expanded[index]
         norm = own.norm or config.norm
         self.index = index
         self.depth: DepthControl = config.depth.build(ctx)
@@ -149,6 +184,14 @@ class Layer(nn.Module):
         self.key_gate = config.depth.gates_keys and own.mixer.key_gate
         self.keep: frozenset[str] = frozenset()
 
+    @property
+    def has_losses(self) -> bool:
+        return self.depth.has_losses or self.mixer.branch.has_losses or self.ffn.branch.has_losses
+
+    def reporting(self) -> list[tuple[str, DepthControl | Mixer | FFN]]:
+        """The plug-ins that have statistics, by the name under which they are reported."""
+        return [("depth", self.depth), ("mixer", self.mixer.branch.mixer), ("ffn", self.ffn.branch.ffn)]
+
     def events(self) -> list[tuple[tuple[str, ...], tuple[Entry, ...]]]:
         """(entries read, entries written) of each step, in order."""
         return [
@@ -162,6 +205,12 @@ class Layer(nn.Module):
         gate_BT, writes, losses, stats = self.depth(peek_BTD, {k: state[k] for k in self.depth.reads}, local)
         state, mixed = self.mixer({**state, **writes}, side, local, gate_BT, self.key_gate, cache)
         state, channel = self.ffn(state, side, local, gate_BT, False, None)
-        losses = joined(self.index, (self.depth.has_losses, losses), (self.ffn.branch.has_losses, channel.losses))
-        stats = {**{f"depth.{k}": v for k, v in stats.items()}, **{f"ffn.{k}": v for k, v in channel.stats.items()}}
+        losses = joined(
+            self.index,
+            (self.depth.has_losses, losses),
+            (self.mixer.branch.has_losses, mixed.losses),
+            (self.ffn.branch.has_losses, channel.losses),
+        )
+        found = {"depth": stats, "mixer": mixed.stats, "ffn": channel.stats}
+        stats = {f"{role}.{name}": value for role, own in found.items() for name, value in own.items()}
         return {name: x for name, x in state.items() if name in self.keep}, Extras(losses, stats, mixed.cache)

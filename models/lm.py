@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.config import LMConfig
 from models.layer import Layer
-from models.loss import Embedding, Head, count_targets
+from models.loss import Vocabulary, count_targets
 from models.rules import check
 from models.slots import Cache, Closer, Opener
 from models.state import Entry, Layout, Side, State
@@ -51,16 +51,19 @@ class LM(nn.Module):
         check(config)
         self.config = config
         d_model, depth = config.d_model, len(config.expanded)
-        self.embed: Embedding | None = Embedding(config.vocab_size, d_model)
+        self.embed: Vocabulary | None = Vocabulary(config.vocab_size, d_model)
         self.embed_norm: nn.Module | None = config.norm.embedding(d_model)
         self.opener: Opener | None = config.residual.open(d_model)
-        self.layers = nn.ModuleDict({str(index): Layer(config, index) for index in range(depth)})
+        pool: dict[str, nn.Module] = {}
+        self.layers = nn.ModuleDict({str(index): Layer(config, index, pool) for index in range(depth)})
         self.closer: Closer | None = config.residual.close(d_model, depth)
         self.norm: nn.Module | None = config.norm.final(d_model)
-        self.head: Head | None = Head(config.vocab_size, d_model, tied=config.tie_embeddings)
+        self.head: Vocabulary | None = self.embed if config.tie_embeddings else Vocabulary(config.vocab_size, d_model)
         self.shard: Callable[[Side], Side] = whole
         self.boundaries = self._boundaries()
-        self.aliases: dict[str, str] = {}
+        self.owners = owners(self)
+        self.register_state_dict_post_hook(drop_copies)
+        self.register_load_state_dict_pre_hook(add_copies)
 
     @property
     def blocks(self) -> list[Layer]:
@@ -70,7 +73,7 @@ class LM(nn.Module):
     def prune(self, start: int, stop: int) -> None:
         """Keep layers start..stop-1, with the embedding if they are the first and the head if they are the last.
 
-        A tied head that loses its embedding gets a copy of its weight; `aliases` says whose.
+        What is shared with a part that goes away stays as a copy; `owners` says whose.
         """
         depth = len(self.layers)
         for index in range(depth):
@@ -80,9 +83,6 @@ class LM(nn.Module):
             self.norm = self.head = self.closer = None
         if start > 0:
             self.embed = self.embed_norm = self.opener = None
-            if self.head is not None and self.config.tie_embeddings:
-                self.head.own_weight(self.config.vocab_size, self.config.d_model)
-                self.aliases["head.weight"] = "embed.weight"
 
     def _boundaries(self) -> list[list[Entry]]:
         """The entries alive before layer 0, 1, ..., and after the last: those that are read before they are written."""
@@ -101,16 +101,10 @@ class LM(nn.Module):
         has_losses = False
         for layer, alive in zip(layers, live[1:], strict=True):
             known |= {entry.name: entry for _, writes in layer.events() for entry in writes}
-            has_losses |= layer.ffn.branch.has_losses or layer.depth.has_losses
+            has_losses |= layer.has_losses
             boundary = [entry for name, entry in known.items() if name in alive]
             boundaries.append([*boundary, LOSSES] if has_losses else boundary)
         return boundaries
-
-    @property
-    def head_weight(self) -> Tensor:
-        owner = self.embed if self.head is None or self.head.tied else self.head
-        assert owner is not None, "a tied head needs the embedding or a copy of its weight"
-        return owner.weight
 
     def forward(
         self,
@@ -158,16 +152,44 @@ class LM(nn.Module):
         if targets_BT is None:
             if keep_BK is not None:
                 h_BTD = h_BTD.take_along_dim(keep_BK[..., None], dim=1)
-            return Output(logits=self.head(h_BTD, self.head_weight, None), cache=caches)
+            return Output(logits=self.head.logits(h_BTD), cache=caches)
         if local.window is not None:
             targets_BT = targets_BT.narrow(1, *local.window)
-        loss = self.head(h_BTD, self.head_weight, targets_BT)
+        loss = self.head.loss(h_BTD, targets_BT)
         total_loss = loss if total is None else loss + total[0]
         return Output(total_loss, loss.detach(), count_targets(targets_BT), losses, stats)
 
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
-        """Hand each layer its statistics of the whole step (bias balancing)."""
+        """Hand each plug-in its statistics of the whole step (bias balancing, controllers)."""
         for layer in self.blocks:
-            prefix = f"layers.{layer.index}.ffn."
-            own = {key.removeprefix(prefix): value for key, value in stats.items() if key.startswith(prefix)}
-            layer.ffn.branch.ffn.after_step(own)
+            for role, part in layer.reporting():
+                prefix = f"layers.{layer.index}.{role}."
+                part.after_step({key.removeprefix(prefix): x for key, x in stats.items() if key.startswith(prefix)})
+
+
+def owners(model: nn.Module) -> dict[str, str]:
+    """For modules that are registered at several places: the names at later places, and those at the first, which own.
+
+    This is all there is to sharing parameters: tied embeddings, blocks and branches that layers have in common.
+    """
+    first: dict[nn.Module, str] = {}
+    found: dict[str, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        owner = first.setdefault(module, path)
+        if owner != path:
+            for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+                found |= {f"{path}.{name}": f"{owner}.{name}" for name, _ in tensors}
+    return found
+
+
+def drop_copies(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """A shared tensor is saved under its owner's name only."""
+    for name in cast(LM, model).owners:
+        state.pop(prefix + name, None)
+
+
+def add_copies(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """And it is loaded wherever it is shared."""
+    for name, owner in cast(LM, model).owners.items():
+        if prefix + owner in state:
+            state[prefix + name] = state[prefix + owner]

@@ -1,5 +1,6 @@
-"""Head and cross-entropy. Losses are sums over tokens; the caller divides by one global token count.
+"""The vocabulary's matrix, as embedding and as head, and the cross-entropy.
 
+Losses are sums over tokens; the caller divides by one global token count.
 Shape suffixes: B batch, T sequence, D model width, V vocabulary.
 """
 
@@ -22,8 +23,11 @@ def lookup(weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:
     return F.embedding(tokens_BT, weight_VD)
 
 
-class Embedding(nn.Module):
-    """Token ids to vectors. `lookup` is replaced where the vocabulary is split over ranks."""
+class Vocabulary(nn.Module):
+    """A matrix [V, D] with a row per token id: an embedding (the forward pass), a head, or both when they are tied.
+
+    `lookup` and `cross_entropy` are replaced where the vocabulary is split over ranks.
+    """
 
     weight: nn.Parameter
 
@@ -31,33 +35,18 @@ class Embedding(nn.Module):
         super().__init__()
         declare(self, "weight", (vocab_size, d_model), Normal(0.02), (Axis("vocab", vocab_size), None))
         self.lookup = lookup
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.lookup(self.weight, tokens_BT)
-
-
-class Head(nn.Module):
-    """Vectors to logits or to the loss. A tied head owns no parameter and is handed the embedding's."""
-
-    weight: nn.Parameter
-
-    def __init__(self, vocab_size: int, d_model: int, tied: bool) -> None:
-        super().__init__()
-        self.tied = tied
-        if not tied:
-            self.own_weight(vocab_size, d_model)
         self.cross_entropy = cross_entropy
 
-    def own_weight(self, vocab_size: int, d_model: int) -> None:
-        """Give the head a weight of its own: always when untied, a copy when its embedding is on another stage."""
-        self.tied = False
-        declare(self, "weight", (vocab_size, d_model), Normal(0.02), (Axis("vocab", vocab_size), None))
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """The tokens' vectors [B, T, D]."""
+        return self.lookup(self.weight, tokens_BT)
 
-    def forward(self, h_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor | None) -> Tensor:
-        """Logits [B, T, V], or with targets the loss sum (shape [])."""
-        if targets_BT is None:
-            return F.linear(h_BTD, weight_VD)
-        return self.cross_entropy(h_BTD, weight_VD, targets_BT)
+    def logits(self, h_BTD: Tensor) -> Tensor:
+        return F.linear(h_BTD, self.weight)
+
+    def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """The sum (shape []) of the targets' cross-entropies."""
+        return self.cross_entropy(h_BTD, self.weight, targets_BT)
 
 
 def count_targets(targets_BT: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ Shape suffixes: B batch, T sequence, D model width, H heads, K key and V value w
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -17,21 +18,36 @@ if TYPE_CHECKING:
     from models.config import LayerConfig
 
 Cache = dict[str, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerContext:
-    """What a plug-in may know about its place: all layers' configs, its own index, the model's width."""
+    """What a plug-in may know about its place: all layers' configs, its own index, the model's width.
+
+    pool: the modules that layers share, by key; see `share`.
+    """
 
     d_model: int
     index: int
     layers: tuple["LayerConfig", ...]
     norm_eps: float
     output_gain: float = 1.0
+    pool: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def share(self, key: str, build: Callable[[], Module]) -> Module:
+        """The model's one module of this key, built by the first layer that asks for it.
+
+        Its parameters are one group: pipeline stages hold a copy each, gradients are summed over all uses, and the
+        first layer's name is the one that is saved. The module must be called (FSDP gathers its parameters then).
+        """
+        if key not in self.pool:
+            self.pool[key] = build()
+        return cast(Module, self.pool[key])
 
     @property
     def output_init(self) -> Normal:
@@ -39,14 +55,54 @@ class LayerContext:
         return output_std(self.num_layers, self.output_gain)
 
 
+class OwnTokens(NamedTuple):
+    """What a mixer made of this rank's own tokens; see `Mixer.own_tokens`.
+
+    made: for `project`, [B, T, ...] each. made_by_head: likewise, [B, T, H, ...] each for all heads; `project` gets
+    those of this rank. writes: entries over tokens. losses, stats: as in `Result`.
+    """
+
+    made: Mapping[str, Tensor] = MappingProxyType({})
+    made_by_head: Mapping[str, Tensor] = MappingProxyType({})
+    writes: Mapping[str, Tensor] = MappingProxyType({})
+    losses: Mapping[str, Tensor] = MappingProxyType({})
+    stats: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Projected(NamedTuple):
+    """What `Mixer.project` returns.
+
+    heads: the core's inputs, each [B, T, H, ...] or [B, T], "v" among them. kept: what only `merge` needs.
+    writes: entries over heads.
+    """
+
+    heads: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    writes: Mapping[str, Tensor] = MappingProxyType({})
+
+
 class Mixer(nn.Module):
     """A sequence mixer, cut where heads meet the sequence.
 
-    project is token-wise, core per head along the sequence, merge token-wise.
+    own_tokens and project are token-wise, core per head along the sequence, merge token-wise. Entries over tokens are
+    written by own_tokens and read by both; entries over heads are written and read by project.
     """
 
-    def project(self, views: Views, side: Side) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Token-wise. Returns (core inputs, each [B, T, H, ...], "v" among them; what only `merge` needs)."""
+    reads: tuple[str, ...] = ()
+    writes: tuple[Entry, ...] = ()
+    has_losses: bool = False
+
+    def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:
+        """What happens once per token on every mesh: routers, their losses and statistics.
+
+        Tensor ranks gather the tokens afterwards, and would count what `project` computed for all of them as often as
+        there are ranks. Its parameters name no axis that is split.
+        """
+        return OwnTokens()
+
+    def project(self, views: Views, inputs: State, side: Side) -> Projected:
+        """On all tokens of the tensor group, for this rank's heads. inputs: the entries read, and what own_tokens
+        made."""
         raise NotImplementedError
 
     def core_weights(self) -> dict[str, Tensor]:
@@ -64,10 +120,17 @@ class Mixer(nn.Module):
         """Token-wise, to [B, T, D]."""
         raise NotImplementedError
 
+    def after_step(self, stats: Mapping[str, Tensor]) -> None:
+        """Once per optimiser step, with the step's statistics summed over all ranks and micro-batches."""
+
 
 class FFN(nn.Module):
-    """A channel mixer. entry "gathered": it runs on all tokens of its tensor group and returns a partial sum.
-    "tokens": it runs on the rank's own tokens, once (routers), and returns the whole output."""
+    """A channel mixer: token-wise, so that decoding needs no cache; what looks at other tokens is a mixer.
+
+    entry "gathered": it runs on all tokens of its tensor group and returns a partial sum, without losses or entries,
+    which would count once per rank. "tokens": it runs on the rank's own tokens, once (routers), and returns the whole
+    output.
+    """
 
     entry: ClassVar[Literal["gathered", "tokens"]] = "gathered"
     reads: tuple[str, ...] = ()
@@ -139,6 +202,9 @@ class DepthControl(nn.Module):
         self, peek_BTD: Tensor | None, inputs: State, side: Side
     ) -> tuple[Tensor | None, State, dict[str, Tensor], dict[str, Tensor]]:
         return None, {}, {}, {}
+
+    def after_step(self, stats: Mapping[str, Tensor]) -> None:
+        """Once per optimiser step, with the step's statistics summed over all ranks and micro-batches."""
 
 
 class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):

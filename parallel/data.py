@@ -36,6 +36,8 @@ def parallelize(root: nn.Module, model: LM, mesh: Mesh) -> None:
         else:
             fully_shard(module, mesh=experts)
     if not one_unit:
+        for module in shared(model):
+            fully_shard(module, mesh=dense, ignored_params=whole)
         for layer in model.blocks:
             fully_shard(layer, mesh=dense, ignored_params=whole)
     fully_shard(root, mesh=dense, ignored_params=whole)
@@ -43,6 +45,17 @@ def parallelize(root: nn.Module, model: LM, mesh: Mesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def shared(model: LM) -> list[nn.Module]:
+    """The outermost modules that several layers hold: two units cannot hold the same parameters."""
+    holders: dict[nn.Module, int] = {}
+    for layer in model.blocks:
+        for module in layer.modules():
+            holders[module] = holders.get(module, 0) + 1
+    several = [module for module, count in holders.items() if count > 1]
+    inside = {child for module in several for child in module.modules() if child is not module}
+    return [module for module in several if module not in inside]
 
 
 def reshard(root: nn.Module) -> None:

@@ -234,7 +234,7 @@ class Engine:
         """Every parameter and buffer of the model, whole, on the CPU of every rank (a collective)."""
         state = self.whole_tensors(lambda held: held.parameter)
         for model in self.models:
-            state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+            state |= {model.owners.get(name, name): buffer.clone() for name, buffer in model.named_buffers()}
         return self._over_stages(state)
 
     def _over_stages(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -252,4 +252,4 @@ class Engine:
             write(held.parameter, held.shard, state[held.shard.name])
         for model in self.models:
             for name, buffer in model.named_buffers():
-                buffer.copy_(state[name])
+                buffer.copy_(state[model.owners.get(name, name)])

@@ -88,8 +88,8 @@ def shard(name: str, spec: ParamSpec, mesh: Mesh, index: int | None = None) -> S
 def shards(model: LM, mesh: Mesh) -> Iterator[tuple[nn.Module, str, Shard]]:
     """(module, attribute, shard) of every declared parameter; a copy goes by its owner's name."""
     for name, module, attribute, spec in named_specs(model):
-        piece = shard(model.aliases.get(name, name), spec, mesh)
-        yield module, attribute, dataclasses.replace(piece, copy=name in model.aliases)
+        piece = shard(model.owners.get(name, name), spec, mesh)
+        yield module, attribute, dataclasses.replace(piece, copy=name in model.owners)
 
 
 def cut_parameters(model: LM, mesh: Mesh) -> None:

@@ -15,20 +15,26 @@ from torch import Tensor
 from models.layer import Boundary
 from models.lm import LM
 from models.loss import IGNORE
-from models.params import upcast
+from models.params import Axis, upcast
 from models.state import Layout, Side, State, Views
 from parallel.collectives import all_gather, gather, scatter_sum
 from parallel.mesh import Mesh, Ranks
+from parallel.shards import split
 
 
 class TensorBoundary(Boundary):
-    """Gather on entry, reduce-scatter on exit, along the sequence. Entries laid out over heads are already whole."""
+    """Gather on entry, reduce-scatter on exit, along the sequence. Entries laid out over heads are already whole; what
+    a mixer made by head of its own tokens becomes all tokens of this rank's heads."""
 
     def __init__(self, tp: Ranks, over_heads: frozenset[str]) -> None:
         self.tp, self.over_heads = tp, over_heads
 
-    def enter(self, views: Views, inputs: State) -> tuple[Views, State]:
+    def enter(self, views: Views, inputs: State, by_head: State) -> tuple[Views, State]:
         gathered = {k: x if k in self.over_heads else gather(x, 1, self.tp) for k, x in inputs.items()}
+        for name, x_BTH in by_head.items():
+            heads = x_BTH.shape[2]
+            first, length, _ = split(Axis("kv_heads", heads), heads, self.tp.index, self.tp.size)
+            gathered[name] = gather(x_BTH, 1, self.tp).narrow(2, first, length)
         return views.map(lambda view: gather(view, 1, self.tp)), gathered
 
     def exit(self, out_BTD: Tensor) -> Tensor:
@@ -114,10 +120,9 @@ def parallelize(model: LM, mesh: Mesh, heads: frozenset[str]) -> None:
         for sublayer in (layer.mixer, layer.ffn):
             if sublayer.branch.entry == "gathered":
                 sublayer.boundary = TensorBoundary(tp, heads)
-    if model.embed is not None:
-        model.embed.lookup = VocabLookup(tp)
-    if model.head is not None:
-        model.head.cross_entropy = VocabCrossEntropy(tp)
+    for vocabulary in (model.embed, model.head):
+        if vocabulary is not None:
+            vocabulary.lookup, vocabulary.cross_entropy = VocabLookup(tp), VocabCrossEntropy(tp)
 
 
 class TokenShard:

@@ -44,7 +44,7 @@ def generate(
     was_training = model.training
     model.eval()
     logits_BV, cache = prefill(model, prompts) if prompts else (None, None)
-    position_B = torch.tensor([len(prompt) for prompt in prompts], device=model.head_weight.device)
+    position_B = torch.tensor([len(prompt) for prompt in prompts], device=next(model.parameters()).device)
     while not all(done):
         assert logits_BV is not None and cache is not None
         token_B = choose(logits_BV, temperature, top_p, generators)
@@ -81,7 +81,7 @@ def row_generator(seed: int, index: int) -> torch.Generator:
 
 def prefill(model: LM, prompts: list[list[int]]) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
     """Logits [B, V] behind each prompt's last token, and the caches. Shorter prompts are padded behind their tokens."""
-    device = model.head_weight.device
+    device = next(model.parameters()).device
     length_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = max(len(prompt) for prompt in prompts)
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]

@@ -142,7 +142,8 @@ def loaded(config: LMConfig, state: Mapping[str, Tensor], dtype: torch.dtype | N
 
 
 def stored_dtype(model: LM) -> torch.dtype:
-    return model.head_weight.dtype
+    assert model.head is not None
+    return model.head.weight.dtype
 
 
 def hf_config(config: LMConfig, model: LM, special: dict[str, Any], max_length: int | None) -> dict[str, Any]:

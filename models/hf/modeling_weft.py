@@ -51,9 +51,8 @@ class WeftForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embed
 
     def get_output_embeddings(self) -> nn.Module:
-        head = self.model.embed if self.weft_config.tie_embeddings else self.model.head
-        assert head is not None
-        return head
+        assert self.model.head is not None
+        return self.model.head
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from models.params import Axis, Linear, RMSNorm
 from models.rope import angles, rotate_half, rotate_interleaved
-from models.slots import Cache, LayerContext, Mixer, MixerConfig
-from models.state import KEY_GATE, Side, Views
+from models.slots import Cache, LayerContext, Mixer, MixerConfig, Projected
+from models.state import KEY_GATE, Side, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +92,14 @@ class Attention(Mixer):
         self.q_norm = RMSNorm(head_dim, ctx.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, ctx.norm_eps) if config.qk_norm else None
 
-    def project(self, views: Views, side: Side) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def project(self, views: Views, inputs: State, side: Side) -> Projected:
         q = self.q(views.q_BTD).unflatten(-1, (-1, self.head_dim))
         k = self.k(views.k_BTD).unflatten(-1, (-1, self.head_dim))
         v = self.v(views.v_BTD).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         kept = {} if self.gate is None else {"gate": self.gate(views.q_BTD)}
-        return {"q": q, "k": k, "v": v}, kept
+        return Projected({"q": q, "k": k, "v": v}, kept)
 
     def core(
         self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None

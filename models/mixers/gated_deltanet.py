@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from models.conv import FanInUniform, prepend, short_conv, tail
 from models.kernels.delta_rule.reference import CHUNK, chunked, recurrent
 from models.params import Axis, Linear, RMSNorm, declare, upcast
-from models.slots import Cache, LayerContext, Mixer, MixerConfig
-from models.state import KEY_GATE, Side, Views
+from models.slots import Cache, LayerContext, Mixer, MixerConfig, Projected
+from models.state import KEY_GATE, Side, State, Views
 
 L2_EPS = 1e-6
 
@@ -127,7 +127,7 @@ class GatedDeltaNet(Mixer):
                 self.convs.append(f"conv_{name}_bias")
                 declare(self, f"conv_{name}_bias", (along.groups, width), init, (along, None), decay=False)
 
-    def project(self, views: Views, side: Side) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def project(self, views: Views, inputs: State, side: Side) -> Projected:
         key, value = self.config.head_dim, self.value_width
         beta_BTJ = upcast(self.beta(views.k_BTD)).sigmoid()
         step_BTJ = F.softplus(upcast(self.decay(views.k_BTD)) + upcast(self.dt_bias))
@@ -138,7 +138,7 @@ class GatedDeltaNet(Mixer):
             "beta": 2 * beta_BTJ if self.config.allow_neg_eigval else beta_BTJ,
             "g": -upcast(self.A_log).exp() * step_BTJ,
         }
-        return heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)}
+        return Projected(heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)})
 
     def core_weights(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.convs}

@@ -30,6 +30,7 @@ def ffn_with(loss: str | None, declared: bool) -> None:
     """Register the kind "probe": an unsplit matrix that returns `loss` and says has_losses = `declared`."""
 
     class Probe(FFN):
+        entry = "tokens" if declared or loss else "gathered"
         has_losses = declared
 
         def __init__(self, ctx: LayerContext) -> None:

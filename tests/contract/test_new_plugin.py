@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from models.params import Axis, Linear
-from models.slots import Cache, LayerContext, Mixer, MixerConfig
-from models.state import Side, Views
+from models.slots import Cache, LayerContext, Mixer, MixerConfig, Projected
+from models.state import Side, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,9 @@ class MovingAverage(Mixer):
         self.decay = Linear(ctx.d_model, config.num_heads, axis=axis)
         self.out = Linear(width, ctx.d_model, in_axis=axis, init=ctx.output_init)
 
-    def project(self, views: Views, side: Side) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def project(self, views: Views, inputs: State, side: Side) -> Projected:
         v = self.value(views.v_BTD).unflatten(-1, (-1, self.head_dim))
-        return {"v": v, "a": self.decay(views.q_BTD).sigmoid()}, {}
+        return Projected({"v": v, "a": self.decay(views.q_BTD).sigmoid()}, {})
 
     def core(
         self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None

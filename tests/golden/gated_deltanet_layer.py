@@ -39,7 +39,7 @@ class Layer(torch.nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         ids = torch.zeros(x_BTD.shape[:2], dtype=torch.int64)
         side = Side(ids, torch.arange(ids.shape[1]).expand_as(ids))
-        heads, kept = self.mixer.project(Views.same(x_BTD), side)
+        heads, kept, _ = self.mixer.project(Views.same(x_BTD), {}, side)
         return self.mixer.merge(self.mixer.core(heads, self.mixer.core_weights(), side, None)[0], kept)
 
 

@@ -53,7 +53,7 @@ def side_of(batch: int, length: int, start: int = 0, documents_BT: Tensor | None
 def run(
     mixer: Attention, x_BTD: Tensor, side: Side, cache: Cache | None = None, gate_BT: Tensor | None = None
 ) -> tuple[Tensor, Cache | None]:
-    heads, kept = mixer.project(Views.same(x_BTD), side)
+    heads, kept, _ = mixer.project(Views.same(x_BTD), {}, side)
     if gate_BT is not None:
         heads[KEY_GATE] = gate_BT
     out_BTHV, cache = mixer.core(heads, mixer.core_weights(), side, cache)
@@ -187,7 +187,7 @@ def test_rows_of_different_lengths_decode_as_if_alone(config: AttentionConfig) -
 @every_config
 def test_declared_value_shape(config: AttentionConfig) -> None:
     mixer = build(config)
-    heads, _ = mixer.project(Views.same(stream(1, 2)), side_of(1, 2))
+    heads = mixer.project(Views.same(stream(1, 2)), {}, side_of(1, 2)).heads
     assert tuple(heads["v"].shape[2:]) == config.value_shape(WIDTH)
     assert config.flops_per_token(WIDTH, 16) > 0
 

@@ -48,7 +48,7 @@ def side_of(batch: int, length: int, start: int = 0, documents_BT: Tensor | None
 def run(
     mixer: GatedDeltaNet, x_BTD: Tensor, side: Side, cache: Cache | None = None, gate_BT: Tensor | None = None
 ) -> tuple[Tensor, Cache | None]:
-    heads, kept = mixer.project(Views.same(x_BTD), side)
+    heads, kept, _ = mixer.project(Views.same(x_BTD), {}, side)
     if gate_BT is not None:
         heads[KEY_GATE] = gate_BT
     out_BTHV, cache = mixer.core(heads, mixer.core_weights(), side, cache)
@@ -157,7 +157,7 @@ def test_a_gated_key_neither_writes_nor_erases() -> None:
     gate = torch.cat([ones[:, :5], torch.zeros(1, 1, dtype=torch.float64)], 1)
     _, before = run(mixer, x[:, :5], side_of(1, 5), {})
     _, after = run(mixer, x, side_of(1, 6), {}, gate)
-    decay = mixer.project(Views.same(x), side_of(1, 6))[0]["g"][:, 5].exp()
+    decay = mixer.project(Views.same(x), {}, side_of(1, 6))[0]["g"][:, 5].exp()
     assert before is not None and after is not None
     torch.testing.assert_close(after["state"], decay[..., None, None] * before["state"])
     torch.testing.assert_close(run(mixer, x, side_of(1, 6), None, ones)[0], run(mixer, x, side_of(1, 6))[0])
@@ -179,7 +179,7 @@ def test_initialisation_is_the_authors() -> None:
 @every_config
 def test_declared_value_shape(config: GatedDeltaNetConfig) -> None:
     mixer = build(config)
-    heads, _ = mixer.project(Views.same(stream(1, 2)), side_of(1, 2))
+    heads = mixer.project(Views.same(stream(1, 2)), {}, side_of(1, 2)).heads
     assert tuple(heads["v"].shape[2:]) == config.value_shape(WIDTH)
     assert config.flops_per_token(WIDTH, 16) < config.flops_per_token(WIDTH, 64) == config.flops_per_token(WIDTH, 4096)
 

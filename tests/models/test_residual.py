@@ -262,7 +262,7 @@ def test_shortcuts_need_one_identity_path() -> None:
 def test_laurel_and_rezero_start_as_the_identity_and_learn(residual: ResidualConfig) -> None:
     model = build(residual, shortcut=Laurel(2), scaling=ReZero())
     assert model.embed is not None and model.norm is not None and model.head is not None
-    identity = model.head(model.norm(model.embed(tokens())), model.head_weight, None)
+    identity = model.head.logits(model.norm(model.embed(tokens())))
     assert torch.equal(model(tokens()).logits, identity)
     perturb(model)
     model(tokens(), tokens()).loss.backward()
