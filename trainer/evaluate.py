@@ -14,8 +14,8 @@ from parallel.engine import Engine
 from parallel.mesh import MeshConfig
 from trainer import checkpoint
 from trainer.config import RunConfig
-from trainer.data import Sequences, on_device
-from trainer.prepare import read_manifest
+from trainer.data.manifest import read_manifest
+from trainer.data.sequences import Sequences, on_device
 from trainer.process import build_engine, joined
 from trainer.resume import FOLDER
 

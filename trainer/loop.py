@@ -12,11 +12,12 @@ from models.lm import LM
 from parallel.mesh import Mesh
 from trainer import metrics
 from trainer.config import RunConfig
-from trainer.data import Sequences, TrainingData, on_device
+from trainer.data.manifest import read_manifest
+from trainer.data.sequences import Sequences, on_device
+from trainer.data.training import TrainingData
 from trainer.evaluate import evaluate
 from trainer.metrics import StepMetrics
 from trainer.optim import AdamW
-from trainer.prepare import read_manifest
 from trainer.process import build_engine
 from trainer.resume import on_main, resume, save
 from trainer.runfolder import refuse_lost, retire, write_config

@@ -19,8 +19,8 @@ def run(args: argparse.Namespace) -> int:
 
     from launch.runs import newest_checkpoint, run_folder
     from models.lm import LM
+    from trainer.data.tokenizer import Tokenizer
     from trainer.generate import check_sampling, generate
-    from trainer.tokenizer import Tokenizer
 
     # Before the weights are read, which takes time.
     check_sampling(args.max_new_tokens, args.temperature, args.top_p)

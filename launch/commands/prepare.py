@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from trainer.prepare import PrepareConfig, prepare
-    from trainer.tokenizer import TokenizerConfig
+    from trainer.data.prepare import PrepareConfig, prepare
+    from trainer.data.tokenizer import TokenizerConfig
 
     tokenizer = args.tokenizer or TokenizerConfig(args.vocab_size)
     suffixes = tuple(args.suffix) if args.suffix else PrepareConfig.suffixes

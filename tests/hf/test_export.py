@@ -20,7 +20,7 @@ from models.lm import LM
 from models.params import initialize
 from tests.contract import tiny
 from tests.hf import user
-from trainer.tokenizer import Tokenizer, TokenizerConfig
+from trainer.data.tokenizer import Tokenizer, TokenizerConfig
 
 OUTSIDE = "plugin-of-a-user"
 SUM = 1e-12  # float64: two orders of summation; a wrong operation shows at 1e-3

@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 
 from models.hf.tokenizer import SAMPLE, export_tokenizer
-from trainer.tokenizer import Tokenizer, TokenizerConfig
+from trainer.data.tokenizer import Tokenizer, TokenizerConfig
 
 TEXTS = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]
 AWKWARD = [

@@ -13,7 +13,7 @@ import pytest
 from launch.cli import find_commands, main
 from launch.command import Command
 from launch.local import ROOT, environment
-from trainer.prepare import MANIFEST
+from trainer.data.manifest import MANIFEST
 
 CONFIG = "configs/debug_attention.yaml"
 SMALL = ["model.d_model=32", "data.sequence_length=16", "train.global_batch=2", "train.micro_batch=1", "train.steps=2"]

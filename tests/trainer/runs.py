@@ -15,10 +15,10 @@ from models.mixers.attention import AttentionConfig
 from parallel.mesh import Mesh, MeshConfig
 from trainer import metrics
 from trainer.config import AdamWConfig, DataConfig, OutputConfig, RunConfig, ScheduleConfig, TrainConfig
+from trainer.data.prepare import PrepareConfig, prepare
+from trainer.data.tokenizer import TokenizerConfig
 from trainer.loop import Launch, train
-from trainer.prepare import PrepareConfig, prepare
 from trainer.state import RunState
-from trainer.tokenizer import TokenizerConfig
 
 VOCAB = 320
 WORDS = "warp weft thread loom shuttle fabric pattern selvedge bobbin heddle reed treadle tapestry spindle".split()

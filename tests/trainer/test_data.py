@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.loss import IGNORE
-from trainer.data import Sequences, TrainingData, share
-from trainer.order import permute, slots
-from trainer.prepare import PrepareConfig, main, prepare, read_manifest
-from trainer.tokenizer import Tokenizer, TokenizerConfig
+from trainer.data.manifest import read_manifest
+from trainer.data.order import permute, slots
+from trainer.data.prepare import PrepareConfig, prepare
+from trainer.data.sequences import Sequences
+from trainer.data.tokenizer import Tokenizer, TokenizerConfig
+from trainer.data.training import TrainingData, share
 
 
 @pytest.fixture(scope="module")
@@ -123,18 +125,20 @@ def test_ranks_share_one_order(folder: Path, data_size: int, micro_batch: int) -
         assert torch.equal(torch.cat(ranks, dim=1).flatten(0, 1), getattr(expected, name))
 
 
-def test_mistakes_are_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(folder: Path) -> None:
     train = str(folder / "out" / "train")
     with pytest.raises(ValueError, match="use global_batch=8"):
         share(0, 10, 0, 2, 4)
-    with pytest.raises(ValueError, match=r"does not exist; make it with python -m trainer\.prepare"):
+    with pytest.raises(ValueError, match=r"does not exist; make it with weft prepare"):
         Sequences(str(folder / "none"), 8)
     with pytest.raises(ValueError, match="one sequence takes 100000"):
         TrainingData(train, 100000, 0)
-    assert main([str(folder / "out"), str(folder / "text")]) == 2
-    assert main([str(folder / "new"), str(folder / "nowhere")]) == 2
+    config = PrepareConfig((str(folder / "text"),), TokenizerConfig(320))
+    with pytest.raises(ValueError, match="already exists"):
+        prepare(config, folder / "out")
+    with pytest.raises(ValueError, match="has no file"):
+        prepare(PrepareConfig((str(folder / "nowhere"),), TokenizerConfig(320)), folder / "new")
     assert not (folder / "new").exists()
-    assert "already exists" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

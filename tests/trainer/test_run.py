@@ -15,7 +15,7 @@ from parallel.testing import Pool, RankError
 from tests.trainer import runs
 from trainer import checkpoint, evaluate, train
 from trainer.config import ScheduleConfig
-from trainer.data import Sequences
+from trainer.data.sequences import Sequences
 from trainer.evaluate import Evaluation, evaluate_run
 from trainer.loop import Launch
 from trainer.process import build_engine

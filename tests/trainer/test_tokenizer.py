@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.tokenizer import Tokenizer, TokenizerConfig
+from trainer.data.tokenizer import Tokenizer, TokenizerConfig
 
 CORPUS = [Path(__file__).read_text(encoding="utf-8"), "for x in range(10):\n    print(x)\n" * 50]
 TOKENIZER = Tokenizer.train(CORPUS, TokenizerConfig(vocab_size=330))

@@ -1,11 +1,10 @@
-"""From text files to tokens: `python -m trainer.prepare OUT FOLDER_OR_GLOB ...`.
+"""From text files to tokens.
 
 OUT gets tokenizer.model, train.bin/.idx, valid.bin/.idx and manifest.json. It is written under another name and renamed
 at the end, so that an interrupted run leaves nothing that looks complete. Whole files are held out, chosen by the hash
 of their text: the same files give the same split wherever they lie, and equal files are never on both sides.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import glob
@@ -13,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,11 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.data.indexed import DType, IndexedDatasetBuilder
+from trainer.data.manifest import MANIFEST
+from trainer.data.tokenizer import Tokenizer, TokenizerConfig
 from trainer.durable import sha256_of_file, sync_file, sync_folder
-from trainer.indexed import DType, IndexedDatasetBuilder
-from trainer.tokenizer import Tokenizer, TokenizerConfig
 
-MANIFEST = "manifest.json"
 SPLITS = ("train", "valid")
 
 
@@ -176,37 +174,3 @@ def prepare(config: PrepareConfig, out: str | os.PathLike[str], console: Console
     staging.rename(out)
     sync_folder(out.parent)
     return manifest
-
-
-def read_manifest(prefix: str) -> dict[str, Any] | None:
-    """The manifest beside a .bin/.idx pair, or None when the pair was made elsewhere."""
-    file = Path(prefix).parent / MANIFEST
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer.prepare", description="Turn text files into tokens.")
-    parser.add_argument("out", help="folder to write; must not exist")
-    parser.add_argument("sources", nargs="+", help="folders, files or globs")
-    parser.add_argument("--suffix", action="append", help="of the files taken from folders (default: .txt .md .py)")
-    parser.add_argument("--tokenizer", help="a SentencePiece model; without it one is trained on the training files")
-    parser.add_argument("--vocab-size", type=int, default=TokenizerConfig.vocab_size)
-    parser.add_argument("--tokenizer-kind", default=TokenizerConfig.kind, help="bpe or unigram")
-    parser.add_argument("--valid-bytes", type=int, default=PrepareConfig.valid_bytes, help="about how much to hold out")
-    args = parser.parse_args(arguments)
-    try:
-        tokenizer = args.tokenizer or TokenizerConfig(args.vocab_size, args.tokenizer_kind)
-        suffixes = tuple(args.suffix) if args.suffix else PrepareConfig.suffixes
-        config = PrepareConfig(tuple(args.sources), tokenizer, suffixes, args.valid_bytes)
-        manifest = prepare(config, args.out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for name, split_ in manifest["splits"].items():
-        print(f"{name}: {split_['documents']} documents, {split_['tokens']:,} tokens, {split_['bytes']:,} bytes")
-    print(f"skipped {manifest['skipped']} empty or non-UTF-8 files; wrote {args.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

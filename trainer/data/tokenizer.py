@@ -46,7 +46,7 @@ class Tokenizer:
         """Raises ValueError when the file is missing or no SentencePiece model."""
         path = Path(file)
         if not path.is_file():
-            raise ValueError(f"the tokenizer {path} does not exist; train one with python -m trainer.prepare")
+            raise ValueError(f"the tokenizer {path} does not exist; train one with weft prepare")
         try:
             return cls(path.read_bytes())
         except RuntimeError as error:
