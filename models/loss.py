@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.params import Axis, Normal, declare, upcast
+from models.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
+from models.params import Axis, Normal, declare
 
-IGNORE = -100
+__all__ = ["IGNORE", "Vocabulary", "count_targets"]
 
 
 def cross_entropy(h_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
     """Sum over the valid targets (those other than -100) of -log softmax(h W^T)[target], at least in float32."""
-    logits = upcast(F.linear(h_BTD, weight_VD))
-    return F.cross_entropy(logits.flatten(0, -2), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum")
+    return linear_cross_entropy(h_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
 
 
 def lookup(weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:

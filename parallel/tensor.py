@@ -5,17 +5,15 @@ hidden columns, and its partial sum is reduce-scattered on exit. Head and embedd
 Shape suffixes: B batch, T sequence, D model width, V vocabulary.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels.linear_cross_entropy import WholeVocabulary, linear_cross_entropy
 from models.layer import Boundary
 from models.lm import LM
-from models.loss import IGNORE
-from models.params import Axis, upcast
+from models.params import Axis
 from models.state import Layout, Side, State, Views
 from parallel.collectives import all_gather, gather, scatter_sum
 from parallel.mesh import Mesh, Ranks
@@ -59,48 +57,40 @@ class VocabLookup:
         return scatter_sum(out, 1, self.tp)
 
 
+class SplitVocabulary(WholeVocabulary):
+    """Each rank has the logits of its `size` rows of the vocabulary, for all tokens of the group."""
+
+    def __init__(self, tp: Ranks, size: int) -> None:
+        self.tp, self.offset = tp, tp.index * size
+
+    def logsumexp(self, own_C: Tensor) -> Tensor:
+        top_C = self.tp.max_(own_C.clone())
+        return top_C + self.tp.sum_((own_C - top_C).exp()).log()
+
+    def sum(self, own_C: Tensor) -> Tensor:
+        return self.tp.sum_(own_C)
+
+    def rescale(self, p_CV: Tensor, own_C: Tensor, all_C: Tensor) -> None:
+        p_CV.mul_((own_C - all_C).exp()[:, None])
+
+
 class VocabCrossEntropy:
     """Cross-entropy over a split vocabulary.
 
-    Returns the sum over this rank's own tokens; its gradient covers the group's.
+    Returns the sum over this rank's own tokens; its gradient covers the group's: each rank differentiates the sum of
+    all ranks' shares with respect to its own logits.
     """
 
     def __init__(self, tp: Ranks) -> None:
         self.tp = tp
 
     def __call__(self, h_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
-        targets = all_gather(targets_BT, 1, self.tp)
-        logits = upcast(F.linear(gather(h_BTD, 1, self.tp), weight_VD))
-        return _SplitCrossEntropy.apply(logits, targets, self.tp)
-
-
-class _SplitCrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[target], the vocabulary split over `tp`, the tokens whole on every rank.
-
-    The loss of the group is the sum of the ranks' shares, so each rank's backward differentiates that sum with respect
-    to its own logits: softmax minus one-hot, for all tokens.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_BTV: Tensor, targets_BT: Tensor, tp: Ranks) -> Tensor:
-        size = logits_BTV.shape[-1]
-        top = tp.max_(logits_BTV.amax(-1))
-        exp = (logits_BTV - top[..., None]).exp()
-        denominator = tp.sum_(exp.sum(-1))
-        ids = targets_BT - tp.index * size
-        mine = (ids >= 0) & (ids < size)
-        picked = logits_BTV.gather(-1, ids.where(mine, 0)[..., None])[..., 0] * mine
-        loss_BT = (denominator.log() + top - tp.sum_(picked)) * (targets_BT != IGNORE)
-        ctx.save_for_backward(exp / denominator[..., None], ids, mine, targets_BT)
-        return loss_BT.chunk(tp.size, dim=1)[tp.index].sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        softmax, ids, mine, targets = ctx.saved_tensors
-        one_hot = torch.zeros_like(softmax).scatter_(
-            -1, ids.where(mine, 0)[..., None], mine[..., None].to(softmax.dtype)
-        )
-        return (softmax - one_hot) * (grad * (targets != IGNORE)[..., None]), None, None
+        all_targets = all_gather(targets_BT, 1, self.tp)
+        own = torch.zeros_like(all_targets, dtype=torch.bool)
+        own.narrow(1, self.tp.index * targets_BT.shape[1], targets_BT.shape[1]).fill_(True)
+        h_ND = gather(h_BTD, 1, self.tp).flatten(0, 1)
+        vocabulary = SplitVocabulary(self.tp, weight_VD.shape[0])
+        return linear_cross_entropy(h_ND, weight_VD, all_targets.flatten(), vocabulary, own.flatten())
 
 
 def over_heads(model: LM) -> frozenset[str]:

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels.attention import as_bias, attend, attend_causal, visibility
 from models.params import Axis, Linear, RMSNorm
 from models.rope import angles, rotate_half, rotate_interleaved
 from models.slots import Cache, LayerContext, Mixer, MixerConfig, Projected
@@ -113,20 +113,20 @@ class Attention(Mixer):
             cos, sin = angles(side.positions_BT, rotated, config.rope_theta, dtype)
             q_BTHK, k_BSJK = rotate(q_BTHK, cos, sin), rotate(k_BSJK, cos, sin)
         gate_BS = heads.get(KEY_GATE)
-        causal = not cache and side.documents is None and config.window is None and gate_BS is None
-        if causal and cache is None:
-            return attend(q_BTHK, k_BSJK, v_BSJV, None), None
+        if cache is None and gate_BS is None:
+            documents_BT = None if side.documents is None else side.documents_BT
+            return attend_causal(q_BTHK, k_BSJK, v_BSJV, side.positions_BT, documents_BT, config.window), None
         documents_BS = side.documents_BT if side.documents is not None else torch.zeros_like(side.positions_BT)
         assert documents_BS is not None
         keys: Cache = {"k": k_BSJK, "v": v_BSJV, "positions": side.positions_BT, "documents": documents_BS}
         if gate_BS is not None:
             keys[KEY_GATE] = gate_BS
-        if causal:
+        if not cache and side.documents is None and config.window is None and gate_BS is None:
             return attend(q_BTHK, k_BSJK, v_BSJV, None), keys  # a prompt needs no mask of T x T elements
         if cache:
             keys = {name: torch.cat([cache[name], new], dim=1) for name, new in keys.items()}
-        bias_BTS = visibility(side.positions_BT, documents_BS, keys["positions"], keys["documents"], config.window)
-        bias_BTS = torch.where(bias_BTS, 0.0, -torch.inf).to(q_BTHK.dtype)
+        visible_BTS = visibility(side.positions_BT, documents_BS, keys["positions"], keys["documents"], config.window)
+        bias_BTS = as_bias(visible_BTS, q_BTHK.dtype)
         if gate_BS is not None:
             bias_BTS = bias_BTS + keys[KEY_GATE].clamp(1e-6, 1).log()[:, None].to(bias_BTS.dtype)
         return attend(q_BTHK, keys["k"], keys["v"], bias_BTS), None if cache is None else keys
@@ -136,26 +136,3 @@ class Attention(Mixer):
         if "gate" in kept:
             out = out * kept["gate"].sigmoid()
         return self.o(out)
-
-
-def visibility(
-    positions_BT: Tensor, documents_BT: Tensor, positions_BS: Tensor, documents_BS: Tensor, window: int | None
-) -> Tensor:
-    """Which keys [B, T, S] a query may see: of its document, not later, within the window. Positions grow within a
-    document; padding (document -1) sees its own kind, so that no row of the softmax is empty."""
-    distance = positions_BT[:, :, None] - positions_BS[:, None]
-    visible = (distance >= 0) & (documents_BT[:, :, None] == documents_BS[:, None])
-    return visible if window is None else visible & (distance < window)
-
-
-def attend(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJV: Tensor, bias_BTS: Tensor | None) -> Tensor:
-    """softmax(q k / sqrt(K) + bias) v, causal when there is no bias. Returns [B, T, H, V]."""
-    out = F.scaled_dot_product_attention(
-        q_BTHK.transpose(1, 2),
-        k_BSJK.transpose(1, 2),
-        v_BSJV.transpose(1, 2),
-        attn_mask=None if bias_BTS is None else bias_BTS[:, None],
-        is_causal=bias_BTS is None,
-        enable_gqa=q_BTHK.shape[2] != k_BSJK.shape[2],
-    )
-    return out.transpose(1, 2)
