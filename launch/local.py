@@ -1,24 +1,15 @@
-"""The processes of a run on one machine."""
+"""What the processes of a run inherit on this machine."""
 
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def torchrun(processes: int, arguments: Sequence[str]) -> NoReturn:
-    """Become a torchrun whose processes are each `weft` with these arguments."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "launch.cli", *arguments]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, command, environment(os.environ))
-
-
-def environment(inherited: "os._Environ[str] | dict[str, str]") -> dict[str, str]:
-    """So that the processes import this checkout, even in a folder that has a `models/` of its own."""
+def environment(inherited: Mapping[str, str], processes: int = 1) -> dict[str, str]:
+    """So that processes import this checkout, even in a folder that has a `models/` of its own, and share the cores."""
     path = [str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])]
-    return {**inherited, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
+    own = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), "PYTHONSAFEPATH": "1"}
+    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))} if processes > 1 else {}
+    return {**threads, **inherited, **own}

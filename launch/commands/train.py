@@ -1,34 +1,58 @@
 """`weft train`: train, or resume, the run of a config.
 
-Started alone with a mesh of several ranks, it becomes torchrun with as many processes on this machine; under torchrun
-or a cluster's launcher it is one of them.
+Started alone with a mesh of several ranks, it starts as many processes on this machine; under torchrun or a cluster's
+launcher it is one of them.
 """
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from launch.command import Command, config_arguments
+
+if TYPE_CHECKING:
+    from launch.group import Group
+    from trainer.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments(parser)
+    run_arguments(parser)
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What one launch of a run is told, beside the run's config."""
     parser.add_argument("--stop-after", metavar="STEP", type=int, help="save and end after this step")
     parser.add_argument("--fresh", action="store_true", help="move aside what the run's folder holds, and start anew")
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch.local import torchrun
+    from launch.group import Group
+
+    config = checked(args)
+    return start(args, config, Group(nproc=config.mesh.world_size))
+
+
+def checked(args: argparse.Namespace) -> "RunConfig":
+    """The config, refused here where it can be: processes would each report it."""
     from launch.runs import load_run
-    from trainer.loop import Launch, train
     from trainer.preflight import refuse_data
-    from trainer.process import joined
 
     config = load_run(args.config, args.overrides)
-    # Before torchrun, which would answer with a report on every rank.
     refuse_data(config)
+    return config
+
+
+def start(args: argparse.Namespace, config: "RunConfig", group: "Group") -> int:
+    """Train in this process, where it is one of the run's or the only one, otherwise in the processes of `group`."""
+    from trainer.loop import Launch, train
+    from trainer.process import joined
+
     launch = Launch(args.stop_after, args.fresh)
-    if config.mesh.world_size > 1 and "WORLD_SIZE" not in os.environ:
-        torchrun(config.mesh.world_size, ["train", args.config, *args.overrides, *options(args)])
+    if "WORLD_SIZE" not in os.environ and not group.alone:
+        from launch import agent
+
+        return agent.train(group, ["-m", "launch.cli", "train", args.config, *args.overrides, *options(args)])
     with joined(config.mesh) as mesh:
         train(config, mesh, launch)
     return 0

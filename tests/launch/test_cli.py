@@ -12,6 +12,7 @@ import pytest
 
 from launch.cli import find_commands, main
 from launch.command import Command
+from launch.group import Group
 from launch.local import ROOT, environment
 from trainer.data.manifest import MANIFEST
 
@@ -42,7 +43,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return out
 
 
-ALL = "check, config, eval, export, generate, plugins, prepare, train"
+ALL = "check, config, eval, export, generate, launch, plugins, prepare, train"
 
 
 @pytest.mark.parametrize(
@@ -256,31 +257,34 @@ def dataset(folder: Path, vocab_size: int = 60) -> list[str]:
     return [f"data.train={folder}/train", f"data.valid={folder}/valid", f"data.tokenizer={folder}/tokenizer.model"]
 
 
-def test_train_of_several_ranks_becomes_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Replaced(BaseException):
-        pass
-
+@pytest.mark.parametrize("command", ["train", "launch"])
+def test_several_ranks_are_started_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str) -> None:
     called: list[Any] = []
 
-    def execve(*arguments: Any) -> None:
-        called.extend(arguments)
-        raise Replaced
+    def start(group: Group, arguments: list[str]) -> int:
+        called.extend([group, arguments])
+        return 7
 
-    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr("launch.agent.train", start)
     paths = dataset(tmp_path / "data")
-    with pytest.raises(Replaced):
-        main(["train", CONFIG, "mesh.tp=2", *paths, "--stop-after", "3", "--fresh"])
-    _, command, env = called
-    assert command[1:] == [
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "launch.cli"),
-        *("train", CONFIG, "mesh.tp=2", *paths, "--stop-after=3", "--fresh"),
-    ]
-    assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT) and env["PYTHONSAFEPATH"] == "1"
+    assert main([command, CONFIG, "mesh.tp=2", *paths, "--stop-after", "3", "--fresh"]) == 7
+    group, arguments = called
+    assert (group.nproc, group.nodes, group.max_restarts) == (2, 1, 0)
+    words = ["train", CONFIG, "mesh.tp=2", *paths, "--stop-after=3", "--fresh"]
+    assert arguments == ["-m", "launch.cli", *words]
 
 
 def test_the_environment_keeps_what_was_there() -> None:
     assert environment({"PYTHONPATH": "/a", "B": "1"})["PYTHONPATH"] == f"{ROOT}{os.pathsep}/a"
     assert environment({"B": "1"}) == {"B": "1", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    assert environment({"PYTHONPATH": str(ROOT)})["PYTHONPATH"] == str(ROOT)
+
+
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    threads = {n: environment({}, n).get("OMP_NUM_THREADS") for n in (1, 4, 5, 24)}
+    assert threads == {1: None, 4: "3", 5: "2", 24: "1"}
+    assert environment({"OMP_NUM_THREADS": "9"}, 4)["OMP_NUM_THREADS"] == "9"
 
 
 def test_from_text_to_text(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """What `weft check` and `weft train` refuse before any process starts, and a check that breaks down."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def test_a_check_needs_a_token(capsys: pytest.CaptureFixture[str]) -> None:
 def test_train_refuses_before_any_process_starts(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mesh: list[str]
 ) -> None:
-    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("torchrun started"))
+    monkeypatch.setattr("launch.agent.train", lambda *_: pytest.fail("processes started"))
     folder = tmp_path / "data"
     paths = dataset(folder)
 
@@ -78,3 +77,43 @@ def test_the_module_refuses_what_the_command_refuses(capsys: pytest.CaptureFixtu
         sentence = refused(capsys, "train", CONFIG, *paths, *wrong)
         assert module([CONFIG, *paths, *wrong]) == 2
         assert capsys.readouterr() == ("", f"error: {sentence}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--nproc", "3"],
+            "--nproc 3 makes 3 processes and the mesh tp=2 takes 2; leave --nproc out, or change the mesh, "
+            "such as mesh.fsdp=3",
+        ),
+        (
+            ["--nodes", "2", "--nproc", "2"],
+            "--nodes 2 x --nproc 2 makes 4 processes and the mesh tp=2 takes 2; leave --nproc out, or change the mesh, "
+            "such as mesh.fsdp=4",
+        ),
+        (
+            ["--nodes", "3"],
+            "--nodes 3 cannot share the 2 processes of the mesh tp=2; use a number that divides 2, or another mesh, "
+            "such as mesh.fsdp=3",
+        ),
+        (
+            ["--nodes", "2"],
+            "--nodes 2 needs --slurm, which starts them all, or --rdzv-endpoint HOST:PORT of the first machine, "
+            "with the same command on each",
+        ),
+        (
+            ["--nodes", "2", "--rdzv-endpoint", "node1"],
+            "--rdzv-endpoint is 'node1'; write HOST:PORT, such as node1:29500",
+        ),
+        (["--nodes", "0"], "--nodes is 0; it must be at least 1"),
+        (["--nproc", "0"], "--nproc is 0; it must be at least 1"),
+        (["--max-restarts", "-1"], "--max-restarts is -1; it must be at least 0"),
+        (["--shutdown-timeout", "-1"], "--shutdown-timeout is -1.0; it must be at least 0"),
+    ],
+)
+def test_processes_that_do_not_make_up_the_mesh(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    paths = dataset(tmp_path / "data")
+    assert refused(capsys, "launch", CONFIG, "mesh.tp=2", *paths, *arguments) == sentence
