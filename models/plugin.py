@@ -38,6 +38,11 @@ class Plugin:
             cls.kind = kind
             cls.registry[kind] = cls
 
+    def canonical(self, d_model: int) -> Self:
+        """The same computation and parameters in a model of this width, in one spelling: defaults that depend on other
+        settings are written out, and what only training uses, such as the weight of a loss, has its default."""
+        return self
+
     @classmethod
     def kinds(cls) -> dict[str, type[Self]]:
         """Import every file of the slot's folder and return its kinds by name."""

@@ -8,7 +8,7 @@ Shape suffixes: B batch, T sequence, D model width.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class SkipMiddleDepth(DepthConfig, kind="skip_middle"):
 
     gates_keys: ClassVar[bool] = True
     mirrors: ClassVar[bool] = True
+
+    def canonical(self, d_model: int) -> Self:
+        return dataclasses.replace(self, sparsity=0.0)
 
     def build(self, ctx: LayerContext) -> DepthControl:
         weight = self.sparsity / ctx.num_layers

@@ -6,7 +6,7 @@ Shape suffixes: B batch, T sequence, N = B*T tokens, D model width, E experts, K
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from models.ffn.balance import StatsGroup, z_loss
 from models.ffn.experts import Experts, SharedExpert
 from models.ffn.routed import RoutedFFN
 from models.ffn.routers import SELECTIONS, LinearRouter
-from models.params import upcast
+from models.params import Linear, upcast
 from models.slots import FFN, FFNConfig, LayerContext
 from models.state import Result, Side, State
 
@@ -25,6 +25,7 @@ class MoEConfig(FFNConfig, kind="moe"):
     """SwiGLU experts behind a linear router (Switch, arXiv 2101.03961; Mixtral, 2401.04088; DeepSeek-V3, 2412.19437).
 
     hidden: width of an expert. shared_hidden: width of one more expert that every token takes; 0 for none.
+    shared_gate: its output is multiplied by the sigmoid of one projection of the token (Qwen2-MoE, arXiv 2407.10671).
     score: of an expert, from its logit. normalize: the picks' weights sum to `scale`. aux_coef: of Switch's balance
     loss. z_coef: of the router z-loss. balance_rate: step of the selection bias that evens out loads without a loss;
     0 for none. stats_group: the tokens over which the balance loss counts loads.
@@ -34,6 +35,7 @@ class MoEConfig(FFNConfig, kind="moe"):
     top_k: int
     hidden: int
     shared_hidden: int = 0
+    shared_gate: bool = False
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
     scale: float = 1.0
@@ -55,16 +57,23 @@ class MoEConfig(FFNConfig, kind="moe"):
             raise ValueError(
                 "normalize with top_k 1 makes every weight 1 and leaves the router untrained; set normalize: false"
             )
+        if self.shared_gate and not self.shared_hidden:
+            raise ValueError(
+                "shared_gate has no shared expert to act on; give shared_hidden, or set shared_gate: false"
+            )
         for name in ("shared_hidden", "aux_coef", "z_coef", "balance_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0, which turns it off")
+
+    def canonical(self, d_model: int) -> Self:
+        return dataclasses.replace(self, aux_coef=0.0, z_coef=0.0, stats_group="sequence")
 
     def build(self, ctx: LayerContext) -> FFN:
         return MoE(self, ctx)
 
 
 class MoE(RoutedFFN):
-    """`y = sum_k w_k expert_k(x) (+ shared(x))`."""
+    """`y = sum_k w_k expert_k(x) (+ shared(x), gated or not)`."""
 
     balance_bias: Tensor
 
@@ -76,6 +85,7 @@ class MoE(RoutedFFN):
         self.select = SELECTIONS[config.score](config.top_k, config.normalize, config.scale)
         self.experts = Experts(config.num_experts, ctx.d_model, config.hidden, ctx.output_init)
         self.shared = SharedExpert(ctx.d_model, config.shared_hidden, ctx.output_init) if config.shared_hidden else None
+        self.shared_gate = Linear(ctx.d_model, 1) if config.shared_gate else None
         if config.balance_rate:
             self.declare_buffer("balance_bias", (config.num_experts,), 0.0)
 
@@ -87,7 +97,10 @@ class MoE(RoutedFFN):
         y_NKD = upcast(y_MD).unflatten(0, (-1, config.top_k))
         out_ND = (y_NKD * routing.weights_BTK.flatten(0, 1)[..., None]).sum(1).to(x_BTD.dtype)
         if self.shared is not None:
-            out_ND = out_ND + self.shared(x_ND)
+            shared_ND = self.shared(x_ND)
+            if self.shared_gate is not None:
+                shared_ND = shared_ND * self.shared_gate(x_ND).sigmoid()
+            out_ND = out_ND + shared_ND
         terms_E, load_E = self.balance(routing, valid_BT)
         losses = {}
         if config.aux_coef:

@@ -7,6 +7,7 @@ K picks, P picks of FFN experts.
 import dataclasses
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,9 @@ class MoEPlusPlusConfig(FFNConfig, kind="moe_plus_plus"):
             )
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau is {self.tau}; it must lie in (0, 1], where 1 balances all experts alike")
+
+    def canonical(self, d_model: int) -> Self:
+        return dataclasses.replace(self, tau=1.0, aux_coef=0.0, stats_group="sequence")
 
     @property
     def num_total(self) -> int:

@@ -7,7 +7,7 @@ TEXT = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [weft, custom_code]
+tags: [{tags}]
 ---
 
 # {title}
@@ -18,12 +18,10 @@ a vocabulary of {vocab}.
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("<this folder>", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("<this folder>"{arguments})
 ```
 
-The folder is self-contained: it needs `torch`, `transformers` and `safetensors`, and nothing of Weft. The model is
-computed by the very modules that it was trained with, copied here as `weft_*.py`; `config.json` holds their whole
-config under `weft`.
+{about}
 
 | slot | kind | what it is |
 |---|---|---|
@@ -39,17 +37,20 @@ def human(count: int) -> str:
     return str(count)
 
 
-def model_card(title: str, config: LMConfig, parameters: int, dtype: str) -> str:
+def model_card(title: str, config: LMConfig, parameters: int, dtype: str, about: str, remote_code: bool) -> str:
     rows = {}
     for plugin in plugins_in(config):
-        about = (type(plugin).__doc__ or "").strip().partition("\n")[0]
-        rows[plugin.slot, plugin.kind] = f"| {plugin.slot} | {plugin.kind} | {about} |"
+        doc = (type(plugin).__doc__ or "").strip().partition("\n")[0]
+        rows[plugin.slot, plugin.kind] = f"| {plugin.slot} | {plugin.kind} | {doc} |"
     return TEXT.format(
+        tags="weft, custom_code" if remote_code else "weft",
         title=title,
         parameters=human(parameters),
         dtype=dtype,
         layers=len(config.expanded),
         width=config.d_model,
         vocab=f"{config.vocab_size:,}",
+        arguments=", trust_remote_code=True" if remote_code else "",
+        about=about,
         plugins="\n".join(rows[key] for key in sorted(rows)),
     )

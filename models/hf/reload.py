@@ -6,21 +6,32 @@ Arguments: the folder, a file made by `save_check`, and the packages that must n
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-# Both sides run the same operations on the same weights, so that only the order of sums can differ: about
-# sqrt(width) * 6e-8 of the largest logit in float32. A wrong weight or config shows at 1e-2 and above.
-TOLERANCE = 1e-5
+
+class Expected(NamedTuple):
+    """What the reloaded model must give: logits for tokens, and, where there is a tokenizer, ids for a text.
+
+    tolerance: of the largest logit. remote_code: whether the folder brings code of its own.
+    """
+
+    tokens_BT: Tensor
+    logits_BTV: Tensor
+    text: str
+    ids: list[int] | None
+    tolerance: float
+    remote_code: bool
 
 
-def save_check(file: Path, tokens_BT: Tensor, logits_BTV: Tensor, text: str, ids: list[int] | None) -> None:
-    """What the reloaded model must give: logits for tokens, and, where there is a tokenizer, ids for a text."""
-    metadata = {"text": json.dumps(text), "ids": json.dumps(ids), "threads": str(torch.get_num_threads())}
-    save_file({"tokens": tokens_BT, "logits": logits_BTV}, file, metadata)
+def save_check(file: Path, expected: Expected) -> None:
+    settings = {**expected._asdict(), "threads": torch.get_num_threads()}
+    tensors = {name: settings.pop(f"{name}_{shape}") for name, shape in (("tokens", "BT"), ("logits", "BTV"))}
+    save_file(tensors, file, {name: json.dumps(value) for name, value in settings.items()})
 
 
 def compare(folder: str, check: str) -> str | None:
@@ -28,19 +39,21 @@ def compare(folder: str, check: str) -> str | None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with safe_open(check, framework="pt") as file:
-        tokens_BT, expected_BTV, metadata = file.get_tensor("tokens"), file.get_tensor("logits"), file.metadata()
-    torch.set_num_threads(int(metadata["threads"]))
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=expected_BTV.dtype, trust_remote_code=True
-    ).eval()
+        tokens_BT, expected_BTV = file.get_tensor("tokens"), file.get_tensor("logits")
+        settings = {name: json.loads(value) for name, value in file.metadata().items()}
+    torch.set_num_threads(settings["threads"])
+    trust = {"trust_remote_code": True} if settings["remote_code"] else {}
+    config = AutoConfig.from_pretrained(folder, **trust)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=expected_BTV.dtype, **trust).eval()
     with torch.no_grad():
         logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
     error = ((logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()).item()
-    if not error <= TOLERANCE:
-        return f"the reloaded model's logits differ by {error:.1e} of the largest; {TOLERANCE:.0e} is allowed"
-    if (ids := json.loads(metadata["ids"])) is not None:
-        tokenizer, text = AutoTokenizer.from_pretrained(folder), json.loads(metadata["text"])
+    if not error <= settings["tolerance"]:
+        return (
+            f"the reloaded model's logits differ by {error:.1e} of the largest; {settings['tolerance']:.0e} is allowed"
+        )
+    if (ids := settings["ids"]) is not None:
+        tokenizer, text = AutoTokenizer.from_pretrained(folder), settings["text"]
         found = tokenizer.encode(text, add_special_tokens=False)
         if found != ids:
             return f"the reloaded tokenizer encodes {text!r} as {found}; the training tokenizer gives {ids}"

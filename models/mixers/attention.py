@@ -5,7 +5,7 @@ Shape suffixes: B batch, T queries, S keys, D model width, H query heads, J key/
 
 import dataclasses
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class AttentionConfig(MixerConfig, kind="attention"):
     head_dim: default d_model / num_heads. rope: pairing of the rotated channels, or none. rope_fraction: share of the
     head's channels that are rotated. qk_norm: RMSNorm per head on queries and keys before rotation.
     window: a query sees itself and the window - 1 tokens before it. output_gate: element-wise sigmoid of the input.
+    qkv_bias: biases on queries, keys and values (Qwen2, arXiv 2407.10671).
     """
 
     num_heads: int
@@ -35,6 +36,7 @@ class AttentionConfig(MixerConfig, kind="attention"):
     qk_norm: bool = False
     window: int | None = None
     output_gate: bool = False
+    qkv_bias: bool = False
 
     key_gate = True
     example = MappingProxyType({"num_heads": 8, "num_kv_heads": 4, "head_dim": 4})
@@ -54,6 +56,13 @@ class AttentionConfig(MixerConfig, kind="attention"):
             raise ValueError(f"rope_fraction is {self.rope_fraction}; it must lie in (0, 1]")
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0, and 10000 is usual")
+
+    def canonical(self, d_model: int) -> Self:
+        kv_heads, head_dim = self.value_shape(d_model)
+        same = dataclasses.replace(self, num_kv_heads=kv_heads, head_dim=head_dim)
+        if self.rope != "none":
+            return same
+        return dataclasses.replace(same, rope_theta=AttentionConfig.rope_theta, rope_fraction=1.0)
 
     def build(self, ctx: LayerContext) -> Mixer:
         head_dim = self.head_dim or ctx.d_model // self.num_heads
@@ -84,9 +93,9 @@ class Attention(Mixer):
         self.config, self.head_dim = config, head_dim
         heads, (kv_heads, _) = config.num_heads, config.value_shape(ctx.d_model)
         axis, kv_axis = Axis("heads", heads), Axis("kv_heads", kv_heads)
-        self.q = Linear(ctx.d_model, heads * head_dim, axis=axis)
-        self.k = Linear(ctx.d_model, kv_heads * head_dim, axis=kv_axis)
-        self.v = Linear(ctx.d_model, kv_heads * head_dim, axis=kv_axis)
+        self.q = Linear(ctx.d_model, heads * head_dim, axis=axis, bias=config.qkv_bias)
+        self.k = Linear(ctx.d_model, kv_heads * head_dim, axis=kv_axis, bias=config.qkv_bias)
+        self.v = Linear(ctx.d_model, kv_heads * head_dim, axis=kv_axis, bias=config.qkv_bias)
         self.o = Linear(heads * head_dim, ctx.d_model, in_axis=axis, init=ctx.output_init)
         self.gate = Linear(ctx.d_model, heads * head_dim, axis=axis) if config.output_gate else None
         self.q_norm = RMSNorm(head_dim, ctx.norm_eps) if config.qk_norm else None

@@ -7,6 +7,7 @@ K key width, V value width, W kernel width.
 import dataclasses
 import math
 from types import MappingProxyType
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,9 @@ class GatedDeltaNetConfig(MixerConfig, kind="gated_deltanet"):
             )
         if self.conv_size < 2:
             raise ValueError(f"conv_size is {self.conv_size}; it must be at least 2 tokens, and 4 is usual")
+
+    def canonical(self, d_model: int) -> Self:
+        return dataclasses.replace(self, num_value_heads=self.value_shape(d_model)[0])
 
     def build(self, ctx: LayerContext) -> Mixer:
         return GatedDeltaNet(self, ctx)

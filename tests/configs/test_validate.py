@@ -42,7 +42,7 @@ def test_a_valid_run() -> None:
     assert parse(RunConfig, config) is config
 
 
-ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction, qk_norm, window, output_gate"
+ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction, qk_norm, window, output_gate, qkv_bias"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"window": 3, "output_gate": True},
         {"qk_norm": True, "rope": "interleaved", "rope_fraction": 0.5},
         {"num_kv_heads": 1, "rope": "none"},
-        {"num_heads": 4, "num_kv_heads": None, "qk_norm": True},
+        {"num_heads": 4, "num_kv_heads": None, "qk_norm": True, "qkv_bias": True},
     ),
     "gated_deltanet": (
         {"allow_neg_eigval": True, "output_gate": False},
@@ -47,7 +47,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "swiglu": ({"hidden": 8},),
     "moe": (
-        {"score": "sigmoid", "scale": 2.5, "stats_group": "microbatch"},
+        {"score": "sigmoid", "scale": 2.5, "stats_group": "microbatch", "shared_gate": True},
         {"top_k": 1, "normalize": False, "z_coef": 0.01, "shared_hidden": 0},
         {"num_experts": 8, "top_k": 3, "aux_coef": 0.0},
     ),

@@ -1,6 +1,7 @@
 """Exported folders: every kind, loaded together in one process that has no Weft."""
 
 import ast
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.config import LMConfig
-from models.hf import export as export_module
+from models.hf import formats
 from models.hf.export import ExportConfig, export, write
 from models.lm import LM
 from models.params import initialize
@@ -23,6 +24,7 @@ from tests.hf import user
 from trainer.data.tokenizer import Tokenizer, TokenizerConfig
 
 OUTSIDE = "plugin-of-a-user"
+OURS = ExportConfig(format="self-contained")
 SUM = 1e-12  # float64: two orders of summation; a wrong operation shows at 1e-3
 
 
@@ -94,7 +96,7 @@ def make(config: LMConfig, folder: Path) -> None:
     """An unchecked export, and what it must give."""
     folder.mkdir()
     model = spread(config)
-    write(config, model, folder, ExportConfig(), title=folder.name)
+    write(config, model, folder, OURS, title=folder.name)
     tokens = torch.randint(config.vocab_size, (2, 21), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         save_file({"tokens": tokens, "logits": model(tokens).logits}, folder / "expected.safetensors")
@@ -195,7 +197,7 @@ def test_only_what_a_model_uses_is_copied(folders: dict[str, Path]) -> None:
 
 def test_config_says_what_tools_look_for(tmp_path: Path) -> None:
     model = spread(tiny.build(tie_embeddings=True))
-    options = ExportConfig(eos_id=1, max_length=64, dtype="bfloat16", generation={"temperature": 0.7})
+    options = dataclasses.replace(OURS, eos_id=1, max_length=64, dtype="bfloat16", generation={"temperature": 0.7})
     write(model.config, model.state_dict(), tmp_path, options, title="mine")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "weft"
@@ -214,7 +216,7 @@ def test_an_export_checks_itself_and_takes_its_name_last(tmp_path: Path) -> None
     tokenizer = Tokenizer.train(texts, TokenizerConfig(vocab_size=400))
     tokenizer.save(tmp_path / "tokenizer.model")
     model = spread(tiny.build(num_layers=1, vocab_size=400)).float()
-    options = ExportConfig(tokenizer=str(tmp_path / "tokenizer.model"), max_shard_size="20KB")
+    options = dataclasses.replace(OURS, tokenizer=str(tmp_path / "tokenizer.model"), max_shard_size="20KB")
     export(model.config, model, tmp_path / "deep" / "out", options)
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["out"]
     files = {file.name for file in (tmp_path / "deep" / "out").iterdir()}
@@ -228,14 +230,14 @@ def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     model = spread(tiny.build(num_layers=1)).float()
-    export(model.config, model, Path(out), ExportConfig())
+    export(model.config, model, Path(out), OURS)
     assert (tmp_path / "here" / out / "config.json").is_file()
     assert [file.name for file in tmp_path.iterdir()] == ["here"]
 
 
 def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = spread(tiny.build(num_layers=1)).float()
-    right = export_module.to_plain
+    right = formats.to_plain
     wrong = {"layers": {"A": {"mixer": {"rope_theta": 100.0}}}}
 
     def corrupted(config: LMConfig) -> Any:
@@ -243,9 +245,9 @@ def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         plain["layers"]["A"]["mixer"] |= wrong["layers"]["A"]["mixer"]
         return plain
 
-    monkeypatch.setattr(export_module, "to_plain", corrupted)
+    monkeypatch.setattr(formats, "to_plain", corrupted)
     with pytest.raises(RuntimeError, match="logits differ by"):
-        export(model.config, model, tmp_path / "out", ExportConfig())
+        export(model.config, model, tmp_path / "out", OURS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -253,9 +255,9 @@ def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
     model = spread(tiny.build(num_layers=1))
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(ValueError, match="not an empty folder; export to a new one"):
-        export(model.config, model, tmp_path, ExportConfig())
+        export(model.config, model, tmp_path, OURS)
     with pytest.raises(ValueError, match="not an empty folder"):
-        export(model.config, model, tmp_path / "note.txt", ExportConfig())
+        export(model.config, model, tmp_path / "note.txt", OURS)
     assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
 
 
@@ -274,7 +276,7 @@ def test_weights_of_another_model_are_refused(
     state = dict(model.state_dict())
     change(state)
     with pytest.raises(ValueError, match=sentence):
-        export(model.config, state, tmp_path / "out", ExportConfig())
+        export(model.config, state, tmp_path / "out", OURS)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ from launch.cli import find_commands, main
 from launch.command import Command
 from launch.group import Group
 from launch.local import ROOT, environment
+from models.hf.formats import SelfContained
 from trainer.data.manifest import MANIFEST
 
 CONFIG = "configs/debug_attention.yaml"
@@ -301,7 +302,12 @@ def test_from_text_to_text(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     assert printed(capsys, "generate", f"{run}/config.yaml", "base: ", "", "--max-new-tokens", "3").startswith("base: ")
 
     exported: list[Any] = []
-    monkeypatch.setattr("models.hf.export.export", lambda *arguments: exported.extend(arguments))
+
+    def pretend(*arguments: Any) -> SelfContained:
+        exported.extend(arguments)
+        return SelfContained()
+
+    monkeypatch.setattr("models.hf.export.export", pretend)
     assert "step-00000002" in printed(capsys, "export", str(run), str(tmp_path / "out"))
     config, weights, out, options = exported
     assert config.d_model == 32 and "embed.weight" in weights and out == tmp_path / "out"

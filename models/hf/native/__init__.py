@@ -1,0 +1,1 @@
+"""One file per architecture of Hugging Face transformers; each registers itself."""
