@@ -240,6 +240,10 @@ class FFNConfig(Plugin, slot="ffn", folder="models.ffn"):
     def build(self, ctx: LayerContext) -> FFN:
         raise NotImplementedError
 
+    def active_share(self) -> float:
+        """The share of its experts that a token's picks run through, for counting FLOPs."""
+        return 1.0
+
 
 class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
     """What is kept between sublayers.

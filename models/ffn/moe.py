@@ -71,6 +71,9 @@ class MoEConfig(FFNConfig, kind="moe"):
     def build(self, ctx: LayerContext) -> FFN:
         return MoE(self, ctx)
 
+    def active_share(self) -> float:
+        return self.top_k / self.num_experts
+
 
 class MoE(RoutedFFN):
     """`y = sum_k w_k expert_k(x) (+ shared(x), gated or not)`."""

@@ -74,6 +74,11 @@ class MoEPlusPlusConfig(FFNConfig, kind="moe_plus_plus"):
         router = LinearRouter(ctx.d_model, self.num_total)
         return MoEPlusPlus(self, ctx, router, MaskedTopK(self.top_k, self.num_total - self.num_zero))
 
+    def active_share(self) -> float:
+        """When the balance loss is at its least: FFN experts then get tau^-1 times less than the others."""
+        ffn, free = self.num_experts, (self.num_total - self.num_experts) / self.tau
+        return self.top_k / (ffn + free)
+
     def linked(self, other: FFNConfig | None) -> bool:
         """Whether this layer's router and that of `other`, the nearest MoE++ layer on one side, see each other."""
         return isinstance(other, MoEPlusPlusConfig) and other.num_total == self.num_total
