@@ -12,6 +12,7 @@ from models.layer import Layer
 from parallel import pipeline
 from parallel.preflight import refuse
 from trainer.config import RunConfig
+from trainer.data.check import open_data
 from trainer.loop import refuse_vocabulary
 
 
@@ -35,6 +36,7 @@ def refuse_data(config: RunConfig) -> None:
     for name, prefix in (("train", config.data.train), ("valid", config.data.valid)):
         if prefix is not None:
             refuse_missing(f"data.{name}", name, prefix)
+            open_data(prefix)
     tokenizer = config.data.tokenizer
     if tokenizer is not None and not Path(tokenizer).exists():
         raise at("data.tokenizer", f"{tokenizer} does not exist; give the tokenizer.model that weft prepare wrote")

@@ -21,7 +21,7 @@ from models.lm import LM
 from models.params import initialize
 from tests.contract import tiny
 from tests.hf import user
-from trainer.data.tokenizer import Tokenizer, TokenizerConfig
+from trainer.data.tokenizers.sentencepiece import SentencePiece, TokenizerConfig
 
 OUTSIDE = "plugin-of-a-user"
 OURS = ExportConfig(format="self-contained")
@@ -213,8 +213,8 @@ def test_config_says_what_tools_look_for(tmp_path: Path) -> None:
 
 def test_an_export_checks_itself_and_takes_its_name_last(tmp_path: Path) -> None:
     texts = [file.read_text() for file in Path(__file__).parent.glob("*.py")]
-    tokenizer = Tokenizer.train(texts, TokenizerConfig(vocab_size=400))
-    tokenizer.save(tmp_path / "tokenizer.model")
+    tokenizer = SentencePiece.train(texts, TokenizerConfig(vocab_size=400))
+    tokenizer.save(tmp_path)
     model = spread(tiny.build(num_layers=1, vocab_size=400)).float()
     options = dataclasses.replace(OURS, tokenizer=str(tmp_path / "tokenizer.model"), max_shard_size="20KB")
     export(model.config, model, tmp_path / "deep" / "out", options)

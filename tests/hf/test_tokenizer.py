@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 
 from models.hf.tokenizer import SAMPLE, export_tokenizer
-from trainer.data.tokenizer import Tokenizer, TokenizerConfig
+from trainer.data.tokenizers.sentencepiece import SentencePiece, TokenizerConfig
 
 TEXTS = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]
 AWKWARD = [
@@ -27,8 +27,8 @@ AWKWARD = [
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_a_tokenizer_of_ours(tmp_path: Path, kind: str) -> None:
-    ours = Tokenizer.train(TEXTS, TokenizerConfig(vocab_size=500, kind=kind))
-    ours.save(tmp_path / "tokenizer.model")
+    ours = SentencePiece.train(TEXTS, TokenizerConfig(vocab_size=500, kind=kind))
+    ours.save(tmp_path)
     exported = export_tokenizer(str(tmp_path / "tokenizer.model"), tmp_path, 500, max_length=32)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     theirs.encode_special_tokens = True
@@ -62,7 +62,7 @@ def test_a_tokenizer_that_begins_every_text_with_a_space(tmp_path: Path) -> None
 
 
 def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
-    Tokenizer.train(TEXTS, TokenizerConfig(vocab_size=500)).save(tmp_path / "tokenizer.model")
+    SentencePiece.train(TEXTS, TokenizerConfig(vocab_size=500)).save(tmp_path)
     with pytest.raises(ValueError, match="has 500 tokens and the model 400"):
         export_tokenizer(str(tmp_path / "tokenizer.model"), tmp_path, 400, max_length=None)
     with pytest.raises(ValueError, match="does not exist"):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from launch.cli import find_commands, main
@@ -15,6 +16,7 @@ from launch.command import Command
 from launch.group import Group
 from launch.local import ROOT, environment
 from models.hf.formats import SelfContained
+from trainer.data.indexed import token_dtype, write_index
 from trainer.data.manifest import MANIFEST
 
 CONFIG = "configs/debug_attention.yaml"
@@ -44,7 +46,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return out
 
 
-ALL = "check, config, eval, export, generate, launch, plugins, prepare, train"
+ALL = "check, config, data, eval, export, generate, launch, plugins, prepare, train"
 
 
 @pytest.mark.parametrize(
@@ -249,10 +251,13 @@ def test_check_reports(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 
 def dataset(folder: Path, vocab_size: int = 60) -> list[str]:
-    """The overrides for files that are there and that nobody reads."""
+    """The overrides for two tokens, a manifest, and a tokenizer that nobody reads."""
     folder.mkdir()
-    for name in ("train.bin", "train.idx", "valid.bin", "valid.idx", "tokenizer.model"):
-        (folder / name).touch()
+    for name in ("train", "valid"):
+        tokens = np.array([1, 0], dtype=token_dtype(vocab_size))
+        (folder / f"{name}.bin").write_bytes(tokens.tobytes())
+        write_index(folder / f"{name}.idx", tokens.dtype, 1, [np.array([2], dtype=np.int32)])
+    (folder / "tokenizer.model").touch()
     manifest = {"tokenizer": {"vocab_size": vocab_size, "sha256": "0"}}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return [f"data.train={folder}/train", f"data.valid={folder}/valid", f"data.tokenizer={folder}/tokenizer.model"]

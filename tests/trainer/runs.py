@@ -16,7 +16,7 @@ from parallel.mesh import Mesh, MeshConfig
 from trainer import metrics
 from trainer.config import AdamWConfig, DataConfig, OutputConfig, RunConfig, ScheduleConfig, TrainConfig
 from trainer.data.prepare import PrepareConfig, prepare
-from trainer.data.tokenizer import TokenizerConfig
+from trainer.data.tokenizers.sentencepiece import TokenizerConfig
 from trainer.loop import Launch, train
 from trainer.state import RunState
 

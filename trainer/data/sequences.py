@@ -7,41 +7,30 @@ Shape suffixes: N sequences, T tokens of a sequence.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from models.loss import IGNORE
 from parallel.engine import Batch
-from trainer.data.indexed import IndexedDataset
+from trainer.data.check import open_data, refuse_outside, vocabulary
 
 
 class Sequences:
     """The sequences of one .bin/.idx pair, by index.
 
-    Raises ValueError when the files are missing or hold no token.
+    Raises ValueError when the files are missing, damaged, or hold no token.
     """
 
     def __init__(self, prefix: str, length: int) -> None:
-        for suffix in (".bin", ".idx"):
-            if not Path(prefix + suffix).is_file():
-                raise ValueError(f"the data {prefix}{suffix} does not exist; make it with weft prepare")
-        self.prefix, self.length = prefix, length
-        index = IndexedDataset(prefix).index
-        lengths = np.array(index.sequence_lengths, dtype=np.int64)
-        documents = np.array(index.document_indices, dtype=np.int64)
-        ends = np.concatenate([[0], lengths.cumsum()])
+        index, self._stream = open_data(prefix)
+        self.prefix, self.length, self.tokens = prefix, length, index.tokens
+        self._vocab_size = vocabulary(prefix)
+        ends = np.concatenate([[0], index.lengths.astype(np.int64).cumsum()])
         # A document may be stored in several pieces, and may be empty.
-        self._starts = np.unique(ends[documents])
-        self.tokens = int(ends[-1])
-        if not self.tokens:
-            raise ValueError(f"the data {prefix} holds no token; prepare it from other text")
+        self._starts = np.unique(ends[index.documents])
         self._starts = self._starts[self._starts < self.tokens]
-        self._stream: NDArray[Any] = np.memmap(prefix + ".bin", dtype=index.dtype, mode="r", shape=(self.tokens,))
 
     def __len__(self) -> int:
         """How many sequences there are; the last may be filled up with padding."""
@@ -67,6 +56,8 @@ class Sequences:
         count = max(0, stop - start)
         if count:
             targets[:count] = self._stream[start:stop]
+            if self._vocab_size is not None:
+                refuse_outside(self.prefix, targets[:count], start, self._vocab_size)
             # Before the first token stands the last one, which also ends a document.
             tokens[0] = self._stream[start - 1]
             tokens[1:count] = targets[: count - 1]

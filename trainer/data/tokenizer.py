@@ -1,117 +1,74 @@
-"""A SentencePiece tokenizer that loses nothing: decode(encode(text)) == text for every text that UTF-8 can hold.
+"""What turns text into tokens and back: a file in trainer/data/tokenizers for every kind."""
 
-Characters outside the vocabulary become their bytes, no normalisation is applied, and spaces are kept as they are.
-Source: Kudo & Richardson, SentencePiece, arXiv 1808.06226.
-"""
-
-import dataclasses
-import hashlib
-import io
+import functools
 import os
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar, Self
 
-import sentencepiece
-
-# SentencePiece writes a space as U+2581, so that a text's own U+2581 would come
-# back as a space; its bytes are encoded instead.
-SPACE_MARK = "\u2581"
-END_OF_DOCUMENT = "<eod>"
+from models.plugin import Plugin
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """How to train one. kind: bpe (seconds on some MB) or unigram (several times as long)."""
+class Tokenizer(Plugin, slot="tokenizer", folder="trainer.data.tokenizers"):
+    """A tokenizer in memory. sha256: of what decides its tokens. name: of its file or folder where Weft keeps it."""
 
-    vocab_size: int = 8192
-    kind: str = "bpe"
+    name: ClassVar[str]
+    sha256: str
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("bpe", "unigram"):
-            raise ValueError(f"tokenizer kind is {self.kind!r}; the kinds are bpe and unigram")
-        if self.vocab_size < 300:
-            raise ValueError(f"vocab_size is {self.vocab_size}; 256 of it are bytes, use at least 300")
-
-
-class Tokenizer:
-    """A trained tokenizer, from the bytes of its model file."""
-
-    def __init__(self, model: bytes) -> None:
-        self.model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self._space_mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Tokenizer":
+        """Of the kind that the file or folder is. Raises ValueError when it is missing, or of no kind."""
+        where = Path(path)
+        if not where.exists():
+            raise ValueError(f"the tokenizer {where} does not exist; give one that weft prepare wrote")
+        kinds = Tokenizer.kinds().values()
+        for cls in kinds:
+            if cls.reads(where):
+                return cls.open(where)
+        known = " or ".join(cls.what() for cls in kinds)
+        raise ValueError(f"the tokenizer {where} is of no known kind; give {known}")
 
     @classmethod
-    def load(cls, file: str | os.PathLike[str]) -> "Tokenizer":
-        """Raises ValueError when the file is missing or no SentencePiece model."""
-        path = Path(file)
-        if not path.is_file():
-            raise ValueError(f"the tokenizer {path} does not exist; train one with weft prepare")
-        try:
-            return cls(path.read_bytes())
-        except RuntimeError as error:
-            raise ValueError(f"the tokenizer {path} is not a SentencePiece model; train one anew") from error
+    @abstractmethod
+    def what(cls) -> str:
+        """A few words on what `reads` takes."""
 
     @classmethod
-    def train(cls, texts: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
-        """The same texts in the same order give the same tokenizer. Raises ValueError when they are too few."""
-        out = io.BytesIO()
-        sentencepiece.set_random_generator_seed(0)
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(line for text in texts for line in text.splitlines(keepends=True)),
-                model_writer=out,
-                model_type=config.kind,
-                vocab_size=config.vocab_size,
-                byte_fallback=True,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=False,
-                allow_whitespace_only_pieces=True,
-                split_digits=True,
-                unk_id=0,
-                eos_id=1,
-                bos_id=-1,
-                pad_id=-1,
-                eos_piece=END_OF_DOCUMENT,
-                max_sentence_length=1 << 20,
-                num_threads=2,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            raise ValueError(
-                f"the texts do not fill a vocabulary of {config.vocab_size} pieces; use a smaller vocab_size, "
-                f"or more text (SentencePiece says: {error})"
-            ) from error
-        return cls(out.getvalue())
+    @abstractmethod
+    def reads(cls, path: Path) -> bool:
+        """Whether this kind's tokenizers look like what is at `path`."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path) -> Self:
+        """Raises ValueError for what is damaged, or cannot end a document."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> Path:
+        """Write it to `folder`, so that `open` gives an equal one; returns its path."""
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
-        return self._processor.vocab_size()
+        """One more than the largest id, added tokens included."""
 
     @property
+    @abstractmethod
     def end_of_document(self) -> int:
         """The id that ends every document; no text encodes to it."""
-        return self._processor.eos_id()
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.model).hexdigest()
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, and nothing else: no special token, nothing cut off or filled up."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str: ...
 
     def encode(self, text: str) -> list[int]:
-        first, *rest = text.split(SPACE_MARK)
-        ids = list(self._processor.encode(first))
-        for part in rest:
-            ids += self._space_mark
-            ids += self._processor.encode(part)
-        return ids
+        return self.encode_batch([text])[0]
 
-    def encode_document(self, text: str) -> list[int]:
-        """The text's tokens and the end of the document."""
-        return [*self.encode(text), self.end_of_document]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode(list(ids))
-
-    def save(self, file: str | os.PathLike[str]) -> None:
-        Path(file).write_bytes(self.model)
+    @functools.cached_property
+    def seamless(self) -> bool:
+        """Whether a text may be encoded in pieces: some tokenizers put a space before whatever they encode."""
+        return self.decode([*self.encode("a\n"), *self.encode("b")]) == "a\nb"
