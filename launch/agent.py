@@ -116,8 +116,8 @@ def train(group: Group, arguments: Sequence[str]) -> int:
     """Run Python as the processes of `group`, which save when they are told to stop; returns the exit code."""
     prepare(group)
     agent = SavingAgent(spec(group, arguments), group.shutdown_timeout)
-    agent.listen()
     try:
+        agent.listen()
         return outcome(agent)
     except SignalException:
         return agent.verdict()
