@@ -3,7 +3,8 @@
     base: base_debug.yaml       a file, or a list of which later ones win; relative to the file that names it
 
 A mapping is merged with the one below it, key by key. Where both say `kind` and differ, the upper one replaces the
-lower one whole, since the lower one's other keys belong to another kind.
+lower one whole, since the lower one's other keys belong to another kind. null as an entry of a mapping of entries,
+such as a layer's letter, takes that entry out (`configs.validate`, which knows the types, does it).
 """
 
 import os

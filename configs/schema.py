@@ -27,12 +27,16 @@ def schema(annotation: Any, title: str) -> Schema:
 
 
 def of_files(whole: Schema) -> Schema:
-    """The schema of a file that may have a base: the same, but nothing is required, since the base may have it."""
+    """The schema of a file that may have a base: nothing is required, since the base may have it, and entries of a
+    mapping may be null."""
 
     def relaxed(value: Any) -> Any:
         if isinstance(value, dict):
             is_object = value.get("type") == "object"
-            return {key: relaxed(item) for key, item in value.items() if not (is_object and key == "required")}
+            kept = {key: relaxed(item) for key, item in value.items() if not (is_object and key == "required")}
+            entry = kept.get("additionalProperties")
+            # null takes out an entry that the base has.
+            return {**kept, "additionalProperties": {"anyOf": [entry, {"type": "null"}]}} if entry else kept
         return [relaxed(item) for item in value] if isinstance(value, list) else value
 
     out = relaxed(whole)

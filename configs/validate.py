@@ -41,11 +41,17 @@ def validate(annotation: Any, data: Any, path: str = "") -> Any:
     if dataclasses.is_dataclass(annotation):
         return validate_fields(annotation, mapping(annotation, data, path), path)
     if typing.get_origin(annotation) is dict:
-        item = typing.get_args(annotation)[1]
-        return {key: validate(item, value, join(path, key)) for key, value in mapping(annotation, data, path).items()}
+        return validate_entries(annotation, mapping(annotation, data, path), path)
     if typing.get_origin(annotation) in (list, tuple):
         return validate_items(annotation, data, path)
     return validate_leaf(given, data, path)
+
+
+def validate_entries(annotation: Any, data: dict[str, Any], path: str) -> dict[str, Any]:
+    """A mapping of entries by name; null takes out the entry that a base file gives."""
+    item = typing.get_args(annotation)[1]
+    kept = {key: value for key, value in data.items() if value is not None or allows_none(item)}
+    return {key: validate(item, value, join(path, key)) for key, value in kept.items()}
 
 
 def validate_slot(slot: Any, data: Any, path: str) -> dict[str, Any]:

@@ -66,11 +66,12 @@ class LMConfig:
         if missing := [letter for letter in self.pattern if letter not in self.layers]:
             raise ValueError(
                 f"pattern {self.pattern!r} uses {missing[0]!r}, which layers does not define; "
-                f"layers defines {', '.join(self.layers)}"
+                f"layers defines {', '.join(self.layers) or 'nothing'}"
             )
         if unused := [key for key in self.layers if key not in self.pattern]:
             raise ValueError(
-                f"layers defines {unused[0]!r}, which pattern {self.pattern!r} never uses; remove one or use it"
+                f"layers defines {unused[0]!r}, which pattern {self.pattern!r} never uses; use it, or take it out with "
+                f"model.layers.{unused[0]}=null"
             )
 
     @property

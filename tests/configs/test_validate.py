@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+import textwrap
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from configs.errors import ConfigError
-from configs.load import merge, override
+from configs.load import load, merge, override
 from configs.structure import to_plain
+from configs.text import dump_yaml
 from configs.validate import parse, validate
 from models.config import LMConfig
 from models.mixers.attention import AttentionConfig
@@ -72,7 +75,12 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
         ("model.norm={kind: 3}", "model.norm.kind: 3 is not text; the kinds are peri, post, pre"),
         # mappings
         ("model.norm=pre", "model.norm: 'pre' is not a mapping; write kind: and one of peri, post, pre"),
-        ("model.layers.A=null", "model.layers.A: null is not a mapping; write a mapping with mixer, ffn, norm"),
+        ("model.layers.A=3", "model.layers.A: 3 is not a mapping; write a mapping with mixer, ffn, norm"),
+        ("model.layers.A=null", "model: pattern 'AA' uses 'A', which layers does not define; layers defines nothing"),
+        (
+            "model.layers.B={mixer: {kind: attention, num_heads: 2}, ffn: {kind: swiglu, hidden: 8}}",
+            "model: layers defines 'B', which pattern 'AA' never uses; use it, or take it out with model.layers.B=null",
+        ),
         (
             "model.layers=[1]",
             "model.layers: [1] is not a mapping; write key: value pairs, each value a mapping with mixer, ffn, norm",
@@ -148,6 +156,23 @@ def test_one_sentence(change: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(RunConfig, merge(RUN, override(change, RUN)))
     assert str(caught.value) == sentence
+
+
+def test_null_takes_out_an_entry_that_a_base_gives(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(dump_yaml(RUN))
+    layer = dump_yaml({"mixer": {"kind": "attention", "num_heads": 2}, "ffn": {"kind": "swiglu", "hidden": 8}})
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        "base: base.yaml\nmodel:\n  pattern: B\n  layers:\n    A: null\n    B:\n" + textwrap.indent(layer, 6 * " ")
+    )
+    assert list(parse(RunConfig, load(child)).model.layers) == ["B"]
+    new = "model.layers.C={mixer: {kind: attention, num_heads: 4}, ffn: {kind: swiglu, hidden: 8}}"
+    overrides = [new, "model.layers.B=null", "model.pattern=C"]
+    assert list(parse(RunConfig, load(child, overrides)).model.layers) == ["C"]
+    # What a later override gives again is there again, and is what that override says alone.
+    again = ["model.layers.C=null", new]
+    assert list(parse(RunConfig, load(child, [*overrides, *again])).model.layers) == ["C"]
+    assert parse(dict[str, int | None], {"a": None, "b": 1}) == {"a": None, "b": 1}
 
 
 @pytest.mark.parametrize("key", ["model", "run", "data", "train", "optim"])
