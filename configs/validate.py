@@ -2,7 +2,8 @@
 
 A slot (see `configs.structure.is_slot`) is data with a `kind` that picks the dataclass; leaves are pydantic's, in
 strict mode: "8" is not 8 and 1 is not true, but a whole number may stand for a float. Whole numbers have 63 bits
-and a sign, as in torch, and other numbers are finite.
+and a sign, as in torch, and other numbers are those that float32 holds: what it rounds to infinity or to 0 would pass a
+rule here and break it in a model.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ from configs.errors import ConfigError, at, did_you_mean, shown
 from configs.structure import instantiate, is_slot, without_none
 
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+# float32's largest number, and its smallest with all digits: processors may take smaller ones for 0.
+LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
 
 
 def parse(annotation: Any, data: Any, path: str = "") -> Any:
@@ -119,8 +122,16 @@ def validate_leaf(annotation: Any, data: Any, path: str) -> Any:
         raise LeafError(at(path, f"{shown(data)} is out of range; write a whole number below 2**63 in magnitude"))
     try:
         value = adapter(annotation).validate_python(data)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise LeafError(at(path, f"{shown(value)} is not finite; write a number below 1e308 in magnitude"))
+        if isinstance(value, float) and not abs(value) <= LARGEST:
+            raise LeafError(
+                at(
+                    path,
+                    f"{shown(value)} is {'too large' if math.isfinite(value) else 'not finite'}; write a number "
+                    f"below {LARGEST:.1e} in magnitude, the largest of float32",
+                )
+            )
+        if isinstance(value, float) and 0 < abs(value) < SMALLEST:
+            raise LeafError(at(path, f"{shown(value)} is 0 in float32; write 0, or a number above {SMALLEST:.1e}"))
         return value
     except ValidationError as error:
         text = f"{shown(data)} is not {describe(annotation)}"

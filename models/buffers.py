@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.limits import check_size
+
 
 class Buffers(nn.Module):
     """Base of modules with declared buffers."""
 
     def declare_buffer(self, name: str, shape: tuple[int, ...], value: float) -> None:
-        """Register float32 buffer `name` with every element `value`."""
+        """Register float32 buffer `name` with every element `value`. Raises ValueError where it is too large."""
+        check_size(f"buffer {name!r} of shape", *shape)
         self.register_buffer(name, torch.full(shape, value, dtype=torch.float32))
         first: dict[str, float] = self.__dict__.setdefault("buffer_values", {})
         first[name] = value

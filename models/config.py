@@ -1,10 +1,12 @@
 """The model's config: widths, a layer pattern, and one plug-in per slot."""
 
 import dataclasses
+import functools
 from typing import TypeVar
 
 from torch import nn
 
+from models.limits import at_least, check_size
 from models.plugin import Plugin
 from models.slots import (
     DepthConfig,
@@ -19,6 +21,7 @@ from models.slots import (
 )
 
 Slot = TypeVar("Slot", bound=Plugin)
+MOST_LAYERS = 4096  # each is a tree of modules: more take minutes to build, and no model has come near
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +59,18 @@ class LMConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("vocab_size", 2), ("d_model", 1), ("repeat", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        at_least(self, 2, "vocab_size")
+        at_least(self, 1, "d_model", "repeat")
+        check_size("vocab_size x d_model", self.vocab_size, self.d_model)
         if wrong := [key for key in self.layers if len(key) != 1]:
             raise ValueError(f"layers has the key {wrong[0]!r}; keys are single letters, used in pattern")
         if not self.pattern:
             raise ValueError("pattern is empty; write one letter per layer, such as GGGA")
+        if len(self.pattern) * self.repeat > MOST_LAYERS:
+            raise ValueError(
+                f"pattern of {len(self.pattern)} letters x repeat {self.repeat} is {len(self.pattern) * self.repeat} "
+                f"layers; at most {MOST_LAYERS} can be built, so use fewer"
+            )
         if missing := [letter for letter in self.pattern if letter not in self.layers]:
             raise ValueError(
                 f"pattern {self.pattern!r} uses {missing[0]!r}, which layers does not define; "
@@ -74,7 +82,7 @@ class LMConfig:
                 f"model.layers.{unused[0]}=null"
             )
 
-    @property
+    @functools.cached_property
     def expanded(self) -> tuple[LayerConfig, ...]:
         """The config of every layer, in order."""
         return tuple(self.layers[letter] for letter in self.pattern * self.repeat)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.buffers import reset_buffers
+from models.limits import check_size
 
 
 class Init(Protocol):
@@ -86,8 +87,9 @@ def declare(
 ) -> None:
     """Register parameter `name` on `module` with its spec. Matrices decay by default, vectors do not.
 
-    Raises ValueError for a 0-d parameter, which FSDP2 cannot shard: use shape (1,).
+    Raises ValueError for a 0-d parameter, which FSDP2 cannot shard: use shape (1,), and for one of too many elements.
     """
+    check_size(f"parameter {name!r} of shape", *shape)
     if not shape:
         raise ValueError(
             f"parameter {name!r} has no dimension; FSDP2 refuses 0-d parameters, declare it with shape (1,)"
@@ -149,12 +151,6 @@ class Linear(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return F.linear(x_ND, self.weight, self.bias)
-
-
-def check_eps(eps: float) -> None:
-    """Raise ValueError unless eps keeps a norm from dividing by zero."""
-    if eps <= 0:
-        raise ValueError(f"eps is {eps}; it must be above 0, and 1e-6 is usual")
 
 
 class RMSNorm(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from models.params import Normal, RMSNorm, output_std
@@ -263,6 +264,9 @@ class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
 
     def close(self, d_model: int, num_layers: int) -> "Closer":
         return Closer()
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raise ValueError where a stream of this type cannot hold what the kind keeps in it."""
 
     def output_gain(self) -> float:
         """Factor on the standard deviation of the branches' output matrices at initialisation."""

@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.limits import at_least
+
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")
+MOST_RANKS = 2**20  # more than any machine has, and few enough to look for the nearest mesh that works
 SPLIT_BACKWARD = ("zero_bubble", "zbv", "dualpipev")
 
 
@@ -36,12 +39,13 @@ class MeshConfig:
     schedule: str = "1f1b"
 
     def __post_init__(self) -> None:
-        for name in ("dp", "fsdp", "tp", "cp", "ep", "etp", "pp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        degrees = ("dp", "fsdp", "tp", "cp", "ep", "etp", "pp")
+        at_least(self, 1, *degrees)
+        if huge := [name for name in degrees if getattr(self, name) > MOST_RANKS]:
+            raise ValueError(f"{huge[0]} is {getattr(self, huge[0])}; a mesh has at most {MOST_RANKS} ranks")
         if self.hsdp is not None:
             sizes = self.hsdp.split("x")
-            if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+            if len(sizes) != 2 or not all(size.isdecimal() and len(size) < 19 and int(size) > 0 for size in sizes):
                 raise ValueError(f"hsdp is {self.hsdp!r}; write replicas x shards, such as 2x2")
             if self.dp != 1 or self.fsdp != 1:
                 raise ValueError(f"hsdp={self.hsdp} already says dp and fsdp; leave those out")
@@ -49,12 +53,18 @@ class MeshConfig:
             near = difflib.get_close_matches(self.schedule, SCHEDULES, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"schedule is {self.schedule!r}; {hint}the schedules are {', '.join(SCHEDULES)}")
+        if self.schedule != "1f1b" and self.pp == 1:
+            raise ValueError(
+                f"schedule={self.schedule} needs pipeline ranks; add pp=2, or leave schedule out (1f1b is its default)"
+            )
+        if self.world_size > MOST_RANKS:
+            raise ValueError(f"the degrees multiply to {self.world_size} ranks; a mesh has at most {MOST_RANKS}")
         if self.etp != 1:
             raise ValueError(
                 f"etp is {self.etp}; expert tensor parallelism is not built yet, use ep={self.etp} instead"
             )
         if self.stage_size % self.ep:
-            fits = max(n for n in range(1, self.ep + 1) if self.stage_size % n == 0)
+            fits = max(n for n in range(1, min(self.ep, self.stage_size) + 1) if self.stage_size % n == 0)
             raise ValueError(
                 f"ep is {self.ep}, which must divide dp x fsdp x cp x tp = {self.stage_size}, whose ranks it borrows; "
                 f"use ep={fits}, or dp={self.dp * self.ep // math.gcd(self.ep, self.stage_size)}"
@@ -95,12 +105,10 @@ class MeshConfig:
                 raise ValueError(f"mesh gives {key} twice; give it once")
             if key in ("hsdp", "schedule"):
                 values[key] = value
-            elif value.isdecimal():
+            elif value.isdecimal() and len(value) < 19:
                 values[key] = int(value)
             else:
                 raise ValueError(f"mesh has {key}={value!r}; it takes a whole number, such as {key}=2")
-        if "schedule" in values and int(values.get("pp", 1)) == 1:
-            raise ValueError(f"schedule={values['schedule']} needs pipeline ranks; add pp=2, or leave schedule out")
         if not values.keys() & {"dp", "fsdp", "hsdp"}:
             ep, rest = int(values.get("ep", 1)), int(values.get("tp", 1)) * int(values.get("cp", 1))
             if ep > 1 and rest > 0:

@@ -4,15 +4,9 @@ import dataclasses
 from typing import Literal
 
 from models.config import LMConfig
+from models.limits import above_zero, at_least, check_size
 from models.rules import reasons
 from parallel.mesh import MeshConfig
-
-
-def at_least(config: object, minimum: float, *names: str) -> None:
-    """Raise ValueError for the first of the named fields that is smaller."""
-    for name in names:
-        if not getattr(config, name) >= minimum:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {minimum}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +95,8 @@ class AdamWConfig:
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas is {list(self.betas)}; both must lie in [0, 1), such as [0.9, 0.95]")
-        for name in ("eps", "clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                hint = ", or null for no clipping" if name == "clip" else ""
-                raise ValueError(f"{name} is {value}; it must be more than 0{hint}")
+        above_zero(self, "eps", hint=", and 1e-8 is usual")
+        above_zero(self, "clip", hint=", or null for no clipping")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +130,16 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        train, length = self.train, self.data.sequence_length
+        check_size(
+            "train.micro_batch x data.sequence_length x model.vocab_size",
+            *(train.micro_batch, length, self.model.vocab_size),
+        )
+        if train.steps * train.global_batch * length >= 2**63:
+            raise ValueError(
+                f"train.steps {train.steps} x train.global_batch {train.global_batch} x data.sequence_length {length} "
+                "is 2**63 tokens or more, which cannot be counted; use smaller ones"
+            )
         for reason in reasons(self.model):
             raise ValueError(f"model: {reason}")
         ranks = self.mesh.replicate * self.mesh.shard

@@ -1,14 +1,17 @@
 """The config of a run, and every refusal that needs no process group: of the model, its mesh and the data's files."""
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from configs.errors import at
+from configs.errors import ConfigError, at, did_you_mean
 from configs.load import load
 from configs.validate import parse
+from models.config import LMConfig
 from models.layer import Layer
+from models.lm import LM
 from parallel import pipeline
 from parallel.preflight import refuse
 from trainer.config import RunConfig
@@ -19,16 +22,46 @@ from trainer.loop import refuse_vocabulary
 def load_run(file: str, overrides: Iterable[str] = ()) -> RunConfig:
     """The config, if its model can be built and its mesh can hold it; nothing is allocated. Raises ConfigError."""
     config = parse(RunConfig, load(file, overrides))
+    refuse_model(config.model)
+    try:
+        config.model.residual.check_dtype(getattr(torch, config.train.dtype))
+    except ValueError as error:
+        raise at("model.residual", str(error)) from error
+    try:
+        refuse(config.model, config.mesh)
+        if config.mesh.pp > 1:
+            pipeline.refuse(config.mesh, len(config.model.expanded), config.micro_batches)
+    except ValueError as error:
+        raise at("mesh", str(error)) from error
+    return config
+
+
+def load_model(file: str, overrides: Iterable[str] = ()) -> LMConfig:
+    """The model of a config, if it can be built. Other parts may be missing or wrong: they are not looked into."""
+    data = load(file, overrides)
+    parts = [field.name for field in dataclasses.fields(RunConfig)]
+    for key in data:
+        if key not in parts:
+            raise at(key, f"unknown key; {did_you_mean(key, parts)}the config takes {', '.join(parts)}")
+    if "model" not in data:
+        raise ConfigError(f"{file}: model is missing, which is what is asked for; give a config that has one")
+    config: LMConfig = parse(LMConfig, data["model"], "model")
+    refuse_model(config)
+    return config
+
+
+def refuse_model(config: LMConfig) -> None:
+    """Build the model on the meta device. Raises ConfigError, which names the layer's letter where one is at fault."""
     with torch.device("meta"):
-        for letter in config.model.layers:
+        for letter in config.layers:
             try:
-                Layer(config.model, config.model.pattern.index(letter))
+                Layer(config, config.pattern.index(letter))
             except ValueError as error:
                 raise at(f"model.layers.{letter}", str(error)) from error
-    refuse(config.model, config.mesh)
-    if config.mesh.pp > 1:
-        pipeline.refuse(config.mesh, len(config.model.expanded), config.micro_batches)
-    return config
+        try:
+            LM(config)
+        except ValueError as error:
+            raise at("model", str(error)) from error
 
 
 def refuse_data(config: RunConfig) -> None:

@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from models.limits import at_least
 from models.params import Linear, upcast
 from models.slots import DepthConfig, DepthControl, LayerContext
 from models.state import Entry, Side, State
@@ -29,6 +30,9 @@ class SkipMiddleDepth(DepthConfig, kind="skip_middle"):
 
     gates_keys: ClassVar[bool] = True
     mirrors: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "sparsity", hint=", since less would pay for gates that stay open")
 
     def canonical(self, d_model: int) -> Self:
         return dataclasses.replace(self, sparsity=0.0)

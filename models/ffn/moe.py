@@ -15,6 +15,7 @@ from models.ffn.balance import StatsGroup, z_loss
 from models.ffn.experts import Experts, SharedExpert
 from models.ffn.routed import RoutedFFN
 from models.ffn.routers import SELECTIONS, LinearRouter
+from models.limits import above_zero, at_least
 from models.params import Linear, upcast
 from models.slots import FFN, FFNConfig, LayerContext
 from models.state import Result, Side, State
@@ -47,12 +48,11 @@ class MoEConfig(FFNConfig, kind="moe"):
     example = MappingProxyType({"num_experts": 4, "top_k": 2, "hidden": 8, "shared_hidden": 8, "balance_rate": 0.001})
 
     def __post_init__(self) -> None:
+        at_least(self, 1, "num_experts", "hidden")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"top_k is {self.top_k}; it must lie between 1 and num_experts, which is {self.num_experts}"
             )
-        if self.hidden < 1:
-            raise ValueError(f"hidden is {self.hidden}; it must be at least 1")
         if self.normalize and self.top_k == 1:
             raise ValueError(
                 "normalize with top_k 1 makes every weight 1 and leaves the router untrained; set normalize: false"
@@ -61,9 +61,8 @@ class MoEConfig(FFNConfig, kind="moe"):
             raise ValueError(
                 "shared_gate has no shared expert to act on; give shared_hidden, or set shared_gate: false"
             )
-        for name in ("shared_hidden", "aux_coef", "z_coef", "balance_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0, which turns it off")
+        above_zero(self, "scale")
+        at_least(self, 0, "shared_hidden", "aux_coef", "z_coef", "balance_rate", hint=", which turns it off")
 
     def canonical(self, d_model: int) -> Self:
         return dataclasses.replace(self, aux_coef=0.0, z_coef=0.0, stats_group="sequence")

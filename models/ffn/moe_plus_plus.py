@@ -17,6 +17,7 @@ from models.ffn.balance import StatsGroup
 from models.ffn.experts import Experts
 from models.ffn.routed import RoutedFFN, sum_picks, take_picks
 from models.ffn.routers import LinearRouter, Routing, normalized
+from models.limits import at_least
 from models.params import Normal, declare, upcast
 from models.slots import FFN, FFNConfig, LayerContext
 from models.state import Entry, Result, Side, State
@@ -46,12 +47,8 @@ class MoEPlusPlusConfig(FFNConfig, kind="moe_plus_plus"):
     example = MappingProxyType({"num_experts": 4, "hidden": 8})
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_constant", "num_copy", "num_zero", "aux_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        at_least(self, 1, "num_experts", "hidden")
+        at_least(self, 0, "num_constant", "num_copy", "num_zero", "aux_coef")
         if not 1 <= self.top_k <= self.num_total:
             raise ValueError(
                 f"top_k is {self.top_k}; it must lie between 1 and the {self.num_total} experts of all types"

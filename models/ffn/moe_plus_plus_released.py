@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.ffn.moe_plus_plus import MaskedTopK, MoEPlusPlus, MoEPlusPlusConfig
 from models.ffn.routers import LinearRouter, Routing
+from models.limits import above_zero
 from models.slots import FFN, LayerContext
 
 
@@ -30,9 +31,11 @@ class MoEPlusPlusReleasedConfig(MoEPlusPlusConfig, kind="moe_plus_plus_released"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.logits_std is not None and self.logits_std <= 0:
+        above_zero(self, "input_scale")
+        above_zero(self, "logits_std", hint=", or null to leave the logits as they are")
+        if self.logits_std is not None and self.num_total < 2:
             raise ValueError(
-                f"logits_std is {self.logits_std}; it must be positive, or null to leave the logits as they are"
+                f"logits_std is {self.logits_std}, and the logit of a single expert has no deviation; use null"
             )
 
     def build(self, ctx: LayerContext) -> FFN:

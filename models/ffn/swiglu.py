@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.limits import at_least
 from models.params import Axis, Linear, Normal
 from models.slots import FFN, FFNConfig, LayerContext
 from models.state import Result, Side, State
@@ -23,8 +24,7 @@ class SwiGLUConfig(FFNConfig, kind="swiglu"):
     example = MappingProxyType({"hidden": 24})
 
     def __post_init__(self) -> None:
-        if self.hidden < 1:
-            raise ValueError(f"hidden is {self.hidden}; it must be at least 1")
+        at_least(self, 1, "hidden")
 
     def build(self, ctx: LayerContext) -> FFN:
         return SwiGLU(ctx.d_model, self.hidden, ctx.output_init)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.attention import as_bias, attend, attend_causal, visibility
+from models.limits import at_least
 from models.params import Axis, Linear, RMSNorm
 from models.rope import angles, rotate_half, rotate_interleaved
 from models.slots import Cache, LayerContext, Mixer, MixerConfig, Projected
@@ -42,20 +43,16 @@ class AttentionConfig(MixerConfig, kind="attention"):
     example = MappingProxyType({"num_heads": 8, "num_kv_heads": 4, "head_dim": 4})
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_kv_heads", "head_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        at_least(self, 1, "num_heads", "num_kv_heads", "head_dim")
+        at_least(self, 1, "window", hint=", or null for no window")
+        # Below 1 later pairs of channels turn faster than the first, in the end by more than float32 holds.
+        at_least(self, 1, "rope_theta", hint=", and 10000 is usual")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(
                 f"num_heads {self.num_heads} is not a positive multiple of num_kv_heads {self.num_kv_heads}; change one"
             )
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}; it must be at least 1, or null for no window")
         if not 0 < self.rope_fraction <= 1:
             raise ValueError(f"rope_fraction is {self.rope_fraction}; it must lie in (0, 1]")
-        if self.rope_theta <= 0:
-            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0, and 10000 is usual")
 
     def canonical(self, d_model: int) -> Self:
         kv_heads, head_dim = self.value_shape(d_model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.conv import FanInUniform, prepend, short_conv, tail
 from models.kernels.delta_rule.reference import CHUNK, chunked, recurrent
+from models.limits import at_least
 from models.params import Axis, Linear, RMSNorm, declare, upcast
 from models.slots import Cache, LayerContext, Mixer, MixerConfig, Projected
 from models.state import KEY_GATE, Side, State, Views
@@ -48,10 +49,8 @@ class GatedDeltaNetConfig(MixerConfig, kind="gated_deltanet"):
     example = MappingProxyType({"num_heads": 2, "num_value_heads": 4, "head_dim": 4, "expand_v": 1.0})
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_value_heads", "head_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        at_least(self, 1, "num_heads", "num_value_heads", "head_dim")
+        at_least(self, 2, "conv_size", hint=" tokens, and 4 is usual")
         if (self.num_value_heads or self.num_heads) % self.num_heads:
             raise ValueError(
                 f"num_value_heads {self.num_value_heads} is not a multiple of num_heads {self.num_heads}; "
@@ -62,8 +61,6 @@ class GatedDeltaNetConfig(MixerConfig, kind="gated_deltanet"):
                 f"head_dim {self.head_dim} x expand_v {self.expand_v} is {self.head_dim * self.expand_v}; "
                 "a value head needs a whole, positive width, so change one of them"
             )
-        if self.conv_size < 2:
-            raise ValueError(f"conv_size is {self.conv_size}; it must be at least 2 tokens, and 4 is usual")
 
     def canonical(self, d_model: int) -> Self:
         return dataclasses.replace(self, num_value_heads=self.value_shape(d_model)[0])

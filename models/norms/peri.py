@@ -4,8 +4,9 @@ import dataclasses
 
 from torch import Tensor, nn
 
+from models.limits import above_zero
 from models.norms.pre import Pre
-from models.params import RMSNorm, check_eps
+from models.params import RMSNorm
 from models.slots import NormConfig, Placement
 
 
@@ -16,7 +17,7 @@ class PeriNorm(NormConfig, kind="peri"):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_eps(self.eps)
+        above_zero(self, "eps", hint=", and 1e-6 is usual")
 
     def build(self, d_model: int, num_views: int) -> Placement:
         return Peri(d_model, num_views, self.eps)

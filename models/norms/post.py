@@ -4,7 +4,8 @@ import dataclasses
 
 from torch import Tensor
 
-from models.params import RMSNorm, check_eps
+from models.limits import above_zero
+from models.params import RMSNorm
 from models.slots import NormConfig, Placement
 
 
@@ -15,7 +16,7 @@ class PostNorm(NormConfig, kind="post"):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_eps(self.eps)
+        above_zero(self, "eps", hint=", and 1e-6 is usual")
 
     def build(self, d_model: int, num_views: int) -> Placement:
         return Post(d_model, self.eps)

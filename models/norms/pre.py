@@ -4,7 +4,8 @@ import dataclasses
 
 from torch import nn
 
-from models.params import RMSNorm, check_eps
+from models.limits import above_zero
+from models.params import RMSNorm
 from models.slots import NormConfig, Placement
 from models.state import Views
 
@@ -16,7 +17,7 @@ class PreNorm(NormConfig, kind="pre"):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_eps(self.eps)
+        above_zero(self, "eps", hint=", and 1e-6 is usual")
 
     def build(self, d_model: int, num_views: int) -> Placement:
         return Pre(d_model, num_views, self.eps)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models.limits import above_zero, at_least
 from models.params import Constant, declare, upcast
 from models.residual.stream_norm import Kind, stream_norm
 from models.slots import Closer, Connection, LayerContext, Opener, ResidualConfig
@@ -29,8 +30,7 @@ class StaticHyperConnections(ResidualConfig, kind="hyper_static"):
     starts_plain = True
 
     def __post_init__(self) -> None:
-        if self.streams < 1:
-            raise ValueError(f"streams is {self.streams}; it must be at least 1, and 4 is what the paper advises")
+        at_least(self, 1, "streams")
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         return StaticHyper(ctx.d_model, self.streams, sublayer_index(ctx, branch))
@@ -57,6 +57,10 @@ class HyperConnections(StaticHyperConnections, kind="hyper"):
     norm: Kind = "layer"
     norm_eps: float = 1e-5
     activation: Literal["tanh", "identity"] = "tanh"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        above_zero(self, "norm_eps", hint=", and 1e-5 is usual")
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         return DynamicHyper(self, ctx.d_model, sublayer_index(ctx, branch))

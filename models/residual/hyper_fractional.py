@@ -5,40 +5,33 @@ C = D / P width of a fraction.
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from models.limits import at_least
 from models.params import Constant, declare, upcast
-from models.residual.hyper import StreamCloser, StreamOpener, sublayer_index
-from models.residual.stream_norm import Kind, stream_norm
-from models.slots import Closer, Connection, LayerContext, Opener, ResidualConfig
+from models.residual.hyper import HyperConnections, sublayer_index
+from models.residual.stream_norm import stream_norm
+from models.slots import Connection, LayerContext
 from models.state import Entry, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
-class FractionalHyperConnections(ResidualConfig, kind="hyper_fractional"):
+class FractionalHyperConnections(HyperConnections, kind="hyper_fractional"):
     """Frac-connections (arXiv 2503.14125) over any number of streams. Starts as the plain residual.
 
     fractions: how many equal parts the width is cut into. streams: 1 is the paper's, which widens nothing.
     norm, norm_eps, activation: as in hyper.
     """
 
-    fractions: int = 4
     streams: int = 1
-    norm: Kind = "layer"
-    norm_eps: float = 1e-5
-    activation: Literal["tanh", "identity"] = "tanh"
-
-    takes_shortcut = False
-    starts_plain = True
+    fractions: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("fractions", "streams"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
+        at_least(self, 1, "fractions")
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         if ctx.d_model % self.fractions:
@@ -46,15 +39,6 @@ class FractionalHyperConnections(ResidualConfig, kind="hyper_fractional"):
                 f"d_model {ctx.d_model} is not a multiple of fractions {self.fractions}; change one of them"
             )
         return FractionalHyper(self, ctx.d_model, sublayer_index(ctx, branch))
-
-    def open(self, d_model: int) -> Opener:
-        return StreamOpener(d_model, self.streams)
-
-    def close(self, d_model: int, num_layers: int) -> Closer:
-        return StreamCloser()
-
-    def output_gain(self) -> float:
-        return math.sqrt(self.streams)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.limits import above_zero, at_least
 from models.params import Constant, Linear, Normal, declare, upcast
 from models.slots import Closer, Connection, LayerContext, Opener, ResidualConfig
 from models.state import Entry, State, Views
@@ -35,10 +36,9 @@ class MUDDConnections(ResidualConfig, kind="mudd"):
     starts_plain = True
 
     def __post_init__(self) -> None:
-        if self.hidden_round is not None and self.hidden_round < 1:
-            raise ValueError(f"hidden_round is {self.hidden_round}; it must be at least 1, or null for no rounding")
-        if self.expand_last < 1:
-            raise ValueError(f"expand_last is {self.expand_last}; it must be at least 1")
+        at_least(self, 1, "hidden_round", hint=", or null for no rounding")
+        at_least(self, 1, "expand_last")
+        above_zero(self, "eps", hint=", and 1e-6 is usual")
 
     def hidden(self, ways: int, sources: int) -> int:
         hidden = ways * sources * (self.expand_last if ways == 1 else 1)

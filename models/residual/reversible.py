@@ -6,6 +6,7 @@ Shape suffixes: B batch, T sequence, D model width.
 import dataclasses
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from models.residual.fixed_point import check_bits, on_grid
@@ -33,6 +34,10 @@ class ReversibleResidual(ResidualConfig, kind="reversible"):
                 f"grid_bits is {self.grid_bits}; it must lie between 1 and 52, which float64 holds (14 suits float32), "
                 "or be null for no grid"
             )
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        if self.grid_bits is not None:
+            check_bits(self.grid_bits, dtype)
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         source, target = ("x2", "x1") if branch == "mixer" else ("x1", "x2")

@@ -8,6 +8,7 @@ import math
 
 from torch import Tensor, nn
 
+from models.limits import at_least
 from models.params import Constant, Linear, Normal
 from models.slots import LayerContext, ShortcutConfig
 
@@ -20,8 +21,7 @@ class Laurel(ShortcutConfig, kind="laurel"):
     rank: int = 32
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; it must be at least 1")
+        at_least(self, 1, "rank")
 
     def build(self, ctx: LayerContext) -> nn.Module:
         return LowRank(ctx.d_model, self.rank)

@@ -129,8 +129,11 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
             "model.layers.A.mixer: num_heads 4 is not a positive multiple of num_kv_heads 3; change one",
         ),
         ("model.vocab_size=0", "model: vocab_size is 0; it must be at least 2"),
-        ("optim.clip=0", "optim: clip is 0.0; it must be more than 0, or null for no clipping"),
-        ("optim.lr=.nan", "optim.lr: nan is not finite; write a number below 1e308 in magnitude"),
+        ("optim.clip=0", "optim: clip is 0.0; it must be above 0, or null for no clipping"),
+        (
+            "optim.lr=.nan",
+            "optim.lr: nan is not finite; write a number below 3.4e+38 in magnitude, the largest of float32",
+        ),
         ("optim.betas=[1, 0]", "optim: betas is [1.0, 0.0]; both must lie in [0, 1), such as [0.9, 0.95]"),
         ("schedule.min_ratio=2", "schedule: min_ratio is 2.0; it must lie in [0, 1]"),
         ("data.train=d/train.bin", "data: train is 'd/train.bin'; leave the ending out, 'd/train' names both files"),
@@ -145,6 +148,26 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
             "mesh.schedule=zbw",
             "mesh: schedule is 'zbw'; did you mean zbv? "
             "the schedules are gpipe, 1f1b, interleaved, zero_bubble, zbv, dualpipev",
+        ),
+        (
+            "mesh.schedule=zbv",
+            "mesh: schedule=zbv needs pipeline ranks; add pp=2, or leave schedule out (1f1b is its default)",
+        ),
+        ("mesh.dp=2000000", "mesh: dp is 2000000; a mesh has at most 1048576 ranks"),
+        ("mesh={dp: 2048, tp: 2048}", "mesh: the degrees multiply to 4194304 ranks; a mesh has at most 1048576"),
+        (
+            "model.repeat=2049",
+            "model: pattern of 2 letters x repeat 2049 is 4098 layers; at most 4096 can be built, so use fewer",
+        ),
+        (
+            "model.vocab_size=1000000000000000000",
+            "model: vocab_size x d_model 1000000000000000000 x 32 is too large, a tensor holds fewer than 2**60 elements; "
+            "use smaller sizes",
+        ),
+        (
+            "train.steps=1000000000000000000",
+            "train.steps 1000000000000000000 x train.global_batch 4 x data.sequence_length 8 is 2**63 tokens or more, "
+            "which cannot be counted; use smaller ones",
         ),
         (
             "model={pattern: AAA, depth: {kind: skip_middle}}",
@@ -258,11 +281,13 @@ def test_other_types_refused(data: dict[str, Any], sentence: str) -> None:
         ("optim.lr", float("nan"), "nan is not finite"),
         ("optim.lr", float("-inf"), "-inf is not finite"),
         ("schedule.min_ratio", float("1e400"), "inf is not finite"),
+        ("optim.lr", 3.5e38, "3.5e+38 is too large; write a number below 3.4e+38 in magnitude, the largest of float32"),
+        ("optim.eps", 1e-38, "1e-38 is 0 in float32; write 0, or a number above 1.2e-38"),
         ("optim.lr", 10**400, "is out of range; write a whole number below 2**63"),
         ("run.seed", 2**63, "9223372036854775808 is out of range; write a whole number below 2**63"),
         ("run.seed", 1 << 20000, "is out of range; write a whole number below 2**63"),
     ],
-    ids=["nan", "inf", "1e400", "large_float", "seed", "too_long_to_write"],
+    ids=["nan", "inf", "1e400", "3.5e38", "1e-38", "large_float", "seed", "too_long_to_write"],
 )
 def test_numbers_are_finite_and_fit(key: str, value: float, said: str) -> None:
     data = copy.deepcopy(RUN)

@@ -45,7 +45,7 @@ def residual(params: Params, config: dict) -> ResidualConfig:
     norm, eps = ("layer", config["norm_eps"]) if "norm_eps" in config else ("rms", 1e-30)
     activation = "tanh" if config.get("tanh", True) else "identity"
     if config.get("num_fracs", 1) > 1:
-        return FractionalHyperConnections(config["num_fracs"], config["n"], norm, eps, activation)
+        return FractionalHyperConnections(config["n"], norm, eps, activation, fractions=config["num_fracs"])
     return HyperConnections(config["n"], norm, eps, activation)
 
 

@@ -84,6 +84,16 @@ ALL = "check, config, data, eval, export, generate, launch, plugins, prepare, tr
             "model.layers.A: d_model 62 is not a multiple of num_heads 4; give head_dim, or change one",
         ),
         (
+            ["config", "show", CONFIG, "model.residual={kind: reversible, grid_bits: 30}"],
+            "model.residual: grid_bits is 30 and the stream is torch.float32, which has 24 binary digits; "
+            "keep the stream in float32 or float64, or leave grid_bits null",
+        ),
+        (
+            ["config", "show", CONFIG, "model.layers.A.ffn.hidden=100000000000000000"],
+            "model.layers.A: parameter 'weight' of shape 100000000000000000 x 64 is too large, "
+            "a tensor holds fewer than 2**60 elements; use smaller sizes",
+        ),
+        (
             ["check", CONFIG, "--mesh", "tpp=2"],
             "mesh has no key 'tpp'; did you mean tp? the keys are dp, fsdp, hsdp, tp, cp, ep, etp, pp, schedule",
         ),
