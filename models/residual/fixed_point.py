@@ -32,6 +32,6 @@ def check_bits(bits: int, dtype: torch.dtype) -> None:
     digits = 1 - int(math.log2(torch.finfo(dtype).eps))
     if bits >= digits:
         raise ValueError(
-            f"grid_bits is {bits} and the stream is {dtype}, which has {digits} binary digits; keep the stream in "
-            "float32 or float64, or leave grid_bits null"
+            f"grid_bits is {bits} and the stream is {dtype}, which has {digits} binary digits; use "
+            "fewer bits, a stream of more digits, or grid_bits null"
         )

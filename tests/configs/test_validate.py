@@ -161,8 +161,8 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
         ),
         (
             "model.vocab_size=1000000000000000000",
-            "model: vocab_size x d_model 1000000000000000000 x 32 is too large, a tensor holds fewer than 2**60 elements; "
-            "use smaller sizes",
+            "model: vocab_size x d_model 1000000000000000000 x 32 is too large, "
+            "a tensor holds fewer than 2**60 elements; use smaller sizes",
         ),
         (
             "train.steps=1000000000000000000",

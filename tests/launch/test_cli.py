@@ -86,7 +86,7 @@ ALL = "check, config, data, eval, export, generate, launch, plugins, prepare, tr
         (
             ["config", "show", CONFIG, "model.residual={kind: reversible, grid_bits: 30}"],
             "model.residual: grid_bits is 30 and the stream is torch.float32, which has 24 binary digits; "
-            "keep the stream in float32 or float64, or leave grid_bits null",
+            "use fewer bits, a stream of more digits, or grid_bits null",
         ),
         (
             ["config", "show", CONFIG, "model.layers.A.ffn.hidden=100000000000000000"],
