@@ -35,8 +35,8 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
 
-def config_arguments(parser: argparse.ArgumentParser) -> None:
+def config_arguments(parser: argparse.ArgumentParser, holds: str = "YAML file of a run") -> None:
     """CONFIG and its overrides."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of a run")
+    parser.add_argument("config", metavar="CONFIG", help=holds)
     words = "such as model.layers.A.mixer.num_heads=8"
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=words)

@@ -9,10 +9,10 @@ from configs.validate import parse
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig
-from trainer.preflight import load_run
+from trainer.preflight import load_model, load_run
 from trainer.resume import FOLDER
 
-__all__ = ["load_run", "newest_checkpoint", "run_folder"]
+__all__ = ["load_model", "load_run", "newest_checkpoint", "run_folder"]
 
 
 def run_folder(path: str) -> Path:

@@ -231,12 +231,13 @@ def equal_replicas(held: Held, mesh: Mesh) -> bool:
 
 
 def refuse_combination(config: LMConfig, mesh: MeshConfig, settings: Settings) -> None:
-    """Raise ValueError if the mesh cannot hold the model or the schedule cannot run the batch."""
+    """Raise ValueError if the mesh or the type cannot hold the model, or the schedule cannot run the batch."""
     if mesh.world_size > MOST_RANKS:
         raise ValueError(
             f"the mesh takes {mesh.world_size} processes and a check runs them all on this machine, at most "
             f"{MOST_RANKS}; check smaller degrees, such as 2 of each"
         )
+    config.residual.check_dtype(settings.dtype)
     refuse(config, mesh)
     if mesh.pp > 1:
         pipeline.refuse(mesh, len(config.expanded), micro_batches(mesh, settings))

@@ -100,9 +100,7 @@ def evaluate_run(folder: Path, data: str | None, mesh_text: str | None) -> tuple
         raise ValueError(f"{folder} has no checkpoint; give the folder of a run that has saved one")
     content = checkpoint.read(path)
     config: RunConfig = instantiate(RunConfig, content.config)
-    prefix = data or config.data.valid
-    if prefix is None:
-        raise ValueError("the run has no data.valid; name the data with --data PREFIX")
+    prefix = held_out(config, data)
     mesh_config = config.mesh if "WORLD_SIZE" in os.environ else MeshConfig()
     if mesh_text is not None:
         mesh_config = MeshConfig.parse(mesh_text)
@@ -110,6 +108,14 @@ def evaluate_run(folder: Path, data: str | None, mesh_text: str | None) -> tuple
         engine = build_engine(config, mesh)
         engine.load_full_state(dict(content.model))
         return evaluate(engine, Sequences(prefix, config.data.sequence_length), config.train.micro_batch), path
+
+
+def held_out(config: RunConfig, data: str | None) -> str:
+    """The data to evaluate on: those that are asked for, or the run's own. Raises ValueError where there are none."""
+    prefix = data or config.data.valid
+    if prefix is None:
+        raise ValueError("the run has no data.valid; name the data with --data PREFIX")
+    return prefix
 
 
 def describe(result: Evaluation, path: Path) -> str:

@@ -13,10 +13,15 @@ from models.config import LMConfig
 from models.layer import Layer
 from models.lm import LM
 from parallel import pipeline
+from parallel.mesh import MeshConfig
 from parallel.preflight import refuse
+from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.data.check import open_data
+from trainer.evaluate import held_out
 from trainer.loop import refuse_vocabulary
+from trainer.resume import FOLDER
+from trainer.runfolder import CONFIG
 
 
 def load_run(file: str, overrides: Iterable[str] = ()) -> RunConfig:
@@ -37,14 +42,14 @@ def load_run(file: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def load_model(file: str, overrides: Iterable[str] = ()) -> LMConfig:
-    """The model of a config, if it can be built. Other parts may be missing or wrong: they are not looked into."""
+    """The model of a config, if it can be built. Its other parts may be missing or wrong."""
     data = load(file, overrides)
     parts = [field.name for field in dataclasses.fields(RunConfig)]
     for key in data:
         if key not in parts:
             raise at(key, f"unknown key; {did_you_mean(key, parts)}the config takes {', '.join(parts)}")
     if "model" not in data:
-        raise ConfigError(f"{file}: model is missing, which is what is asked for; give a config that has one")
+        raise ConfigError(f"{file}: model is missing, and nothing else is asked for; give a config that has one")
     config: LMConfig = parse(LMConfig, data["model"], "model")
     refuse_model(config)
     return config
@@ -85,3 +90,12 @@ def refuse_missing(key: str, name: str, prefix: str) -> None:
         if inside.with_name(f"{name}.idx").is_file():
             raise at(key, f"{prefix} is a folder; give the dataset in it, {inside}")
         raise at(key, f"{prefix}{suffix} does not exist; make it with weft prepare {Path(prefix).parent} SOURCE ...")
+
+
+def refuse_evaluation(folder: Path, data: str | None, mesh: MeshConfig) -> None:
+    """Raise ValueError where the run in `folder` cannot be evaluated on `mesh`, without reading its weights."""
+    if not checkpoint.steps(folder / FOLDER):
+        raise ValueError(f"{folder} has no checkpoint; give the folder of a run that has saved one")
+    config: RunConfig = parse(RunConfig, load(folder / CONFIG))
+    refuse(config.model, mesh)
+    refuse_missing("data.valid" if data is None else "--data", "valid", held_out(config, data))

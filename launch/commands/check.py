@@ -1,4 +1,7 @@
-"""`weft check`: does a mesh compute what one process computes, for the model of a config?"""
+"""`weft check`: does a mesh compute what one process computes, for the model of a config?
+
+Of the config only `model` counts: the mesh is the command's, and the data are made up.
+"""
 
 import argparse
 import json
@@ -8,13 +11,15 @@ from typing import TYPE_CHECKING
 from launch.command import Command, UnfinishedError, config_arguments
 
 if TYPE_CHECKING:
-    from parallel.check import Report
+    from models.config import LMConfig
+    from parallel.check import Report, Settings
+    from parallel.mesh import MeshConfig
 
 SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    config_arguments(parser)
+    config_arguments(parser, "YAML file of a run, or one with a model alone")
     parser.add_argument("--mesh", required=True, help='such as "tp=2,pp=2,schedule=zbv"')
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="default: %(default)s")
     parser.add_argument("--length", type=int, default=19, help="tokens of a sequence (default: %(default)s)")
@@ -22,13 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from parallel import check
+
+    config, mesh, settings = asked(args)
     try:
-        report = compare(args)
-    except ValueError:
-        raise
+        report = check.run(config, mesh, settings)
     except Exception as error:
-        # Python's own exit code for a crash, 1, would say that the mesh computes something else.
-        raise UnfinishedError(f"check could not finish: {last_line(error)}") from error
+        # Not a refusal any more, whatever its type. And Python's own exit code for a crash, 1, would say that the mesh
+        # computes something else.
+        raise UnfinishedError(f"check could not finish: {reason(error)}") from error
     if args.json:
         print(json.dumps(report.as_dict(), indent=2))
     else:
@@ -36,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def compare(args: argparse.Namespace) -> "Report":
-    """Raises ValueError for what is refused."""
+def asked(args: argparse.Namespace) -> "tuple[LMConfig, MeshConfig, Settings]":
+    """What is to be compared. Raises ValueError for what is refused, before anything runs."""
     import torch
 
-    from launch.runs import load_run
-    from parallel import check
+    from launch.runs import load_model
+    from parallel.check import Settings, refuse_combination
     from parallel.mesh import MeshConfig
 
     mesh = MeshConfig.parse(args.mesh)
@@ -49,14 +56,19 @@ def compare(args: argparse.Namespace) -> "Report":
         raise ValueError(f"--mesh {args.mesh!r} is one process, with nothing to compare; give a mesh such as tp=2")
     if args.length < 1:
         raise ValueError(f"--length is {args.length}; it must be at least 1")
-    config = load_run(args.config, args.overrides)
-    return check.run(config.model, mesh, check.Settings(length=args.length, dtype=getattr(torch, args.dtype)))
+    config = load_model(args.config, args.overrides)
+    settings = Settings(length=args.length, dtype=getattr(torch, args.dtype))
+    refuse_combination(config, mesh, settings)
+    return config, mesh, settings
 
 
-def last_line(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What happened; the message of a rank's error is the rank's whole traceback."""
     lines = str(error).strip().splitlines()
-    return lines[-1] if "Traceback" in str(error) else f"{type(error).__name__}: {' '.join(lines)}"
+    if "Traceback" in str(error):
+        return lines[-1]
+    text = " ".join(lines)
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def summary(report: "Report") -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""`weft eval`: the loss of a run's newest checkpoint on held-out data."""
+"""`weft eval`: the loss of a run's newest checkpoint on held-out data.
+
+Given a mesh of several ranks it starts the processes itself, as `weft train` does.
+"""
 
 import argparse
 import json
@@ -15,13 +18,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from launch.local import torchrun
     from launch.runs import run_folder
+    from parallel.mesh import MeshConfig
     from trainer.evaluate import describe, evaluate_run
+    from trainer.preflight import refuse_evaluation
 
-    result, path = evaluate_run(run_folder(args.run), args.data, args.mesh)
+    folder = run_folder(args.run)
+    if args.mesh is not None and "WORLD_SIZE" not in os.environ:
+        mesh = MeshConfig.parse(args.mesh)
+        if mesh.world_size > 1:
+            # Before torchrun, which would answer with a report on every rank.
+            refuse_evaluation(folder, args.data, mesh)
+            torchrun(mesh.world_size, ["eval", args.run, *options(args)])
+    result, path = evaluate_run(folder, args.data, args.mesh)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(result.as_dict()) if args.json else describe(result, path))
     return 0
+
+
+def options(args: argparse.Namespace) -> list[str]:
+    data = [] if args.data is None else [f"--data={args.data}"]
+    return [f"--mesh={args.mesh}", *data, *(["--json"] if args.json else [])]
 
 
 COMMAND = Command("evaluate a run: loss, perplexity, bits per byte", add_arguments, run)

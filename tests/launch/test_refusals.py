@@ -5,9 +5,14 @@ from typing import Any
 
 import pytest
 
+from configs.load import load
+from configs.text import dump_yaml
 from launch.cli import main
 from parallel.testing import RankError
 from tests.launch.test_cli import CONFIG, dataset, in_the_root, refused
+from trainer.preflight import load_run
+from trainer.resume import FOLDER
+from trainer.runfolder import write_config
 
 __all__ = ["in_the_root"]
 
@@ -18,8 +23,9 @@ __all__ = ["in_the_root"]
         (RankError("rank 1 of 2:\nTraceback (most recent call last):\n  ...\nKeyError: 'x'\n"), "KeyError: 'x'"),
         (TimeoutError("ranks [1] of 2 did not answer"), "TimeoutError: ranks [1] of 2 did not answer"),
         (AssertionError(), "AssertionError: "),
+        (ValueError("on one process the loss is nan"), "on one process the loss is nan"),
     ],
-    ids=["rank", "timeout", "crash"],
+    ids=["rank", "timeout", "crash", "no_refusal"],
 )
 def test_a_check_that_breaks_down_is_no_verdict(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
@@ -33,6 +39,41 @@ def test_a_check_that_breaks_down_is_no_verdict(
     monkeypatch.setenv("WEFT_TRACEBACK", "1")
     assert main(["check", CONFIG, "--mesh", "tp=2"]) == 3
     assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_a_check_looks_at_the_model_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[Any] = []
+
+    def run(config: Any, *_: Any) -> None:
+        calls.append(config)
+        raise TimeoutError
+
+    monkeypatch.setattr("parallel.check.run", run)
+    model = dump_yaml({"model": load(CONFIG)["model"]})
+    file = tmp_path / "model.yaml"
+    for rest in ("", "mesh: {tp: 3}\ndata: {train: nowhere}\n", "train: {steps: 0, dtype: bfloat16}\n"):
+        file.write_text(model + rest)
+        assert main(["check", str(file), "--mesh", "tp=2"]) == 3
+    capsys.readouterr()
+    assert calls[0] == calls[1] == calls[2] and calls[0].d_model == 64
+
+    said = refused(capsys, "check", str(file), "modle.d_model=32", "--mesh", "tp=2")
+    assert said == (
+        "modle: unknown key; did you mean model? the config takes model, run, data, train, optim, schedule, mesh"
+    )
+    said = refused(capsys, "check", str(file), "model.d_modle=32", "--mesh", "tp=2")
+    assert said.startswith("model.d_modle: unknown key; did you mean d_model? ")
+    file.write_text("mesh: {tp: 2}\n")
+    said = refused(capsys, "check", str(file), "--mesh", "tp=2")
+    assert said == f"{file}: model is missing, and nothing else is asked for; give a config that has one"
+    assert len(calls) == 3
+
+
+def test_a_check_refuses_a_type_that_cannot_hold_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [CONFIG, "model.residual={kind: reversible, grid_bits: 30}", "--mesh", "tp=2", "--dtype", "float32"]
+    assert refused(capsys, "check", *arguments).startswith("grid_bits is 30 and the stream is torch.float32")
 
 
 @pytest.mark.parametrize("mesh", ["", "tp=1", "pp=1,dp=1"])
@@ -67,6 +108,53 @@ def test_train_refuses_before_any_process_starts(
     assert said("model.vocab_size=58") == (
         "model.vocab_size is 58 and the data's tokenizer has 60 pieces; use at least 60"
     )
+
+
+def test_eval_refuses_before_any_process_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("torchrun started"))
+    run = str(tmp_path / "run")
+
+    def said(*arguments: str) -> str:
+        return refused(capsys, "eval", run, *arguments)
+
+    assert said("--mesh", "fsdp=2") == f"{run} has no checkpoint; give the folder of a run that has saved one"
+    assert said("--mesh", "fspd=2").startswith("mesh has no key 'fspd'; did you mean fsdp?")
+    saved_run(Path(run), "model.vocab_size=512")
+    assert said("--mesh", "tp=3").startswith("tp is 3, which does not divide the ")
+    assert said("--mesh", "fsdp=2").startswith("data.valid: data/debug/valid.bin does not exist; ")
+    assert said("--mesh", "fsdp=2", "--data", "nope/x").startswith("--data: nope/x.bin does not exist; ")
+    saved_run(Path(run), "data.valid=null")
+    assert said("--mesh", "fsdp=2") == "the run has no data.valid; name the data with --data PREFIX"
+
+
+def saved_run(folder: Path, *overrides: str) -> None:
+    """A run's folder as it is seen before any weight is read."""
+    (folder / FOLDER / "step-00000001").mkdir(parents=True, exist_ok=True)
+    write_config(folder, load_run(CONFIG, overrides))
+
+
+def test_eval_on_several_ranks_becomes_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Replaced(BaseException):
+        pass
+
+    called: list[Any] = []
+
+    def execve(*arguments: Any) -> None:
+        called.extend(arguments)
+        raise Replaced
+
+    monkeypatch.setattr(os, "execve", execve)
+    paths = dataset(tmp_path / "data")
+    run = str(tmp_path / "run")
+    saved_run(Path(run), *paths)
+    with pytest.raises(Replaced):
+        main(["eval", run, "--mesh", "fsdp=2", "--json", "--data", f"{tmp_path}/data/train"])
+    assert called[1][1:] == [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "launch.cli"),
+        *("eval", run, "--mesh=fsdp=2", f"--data={tmp_path}/data/train", "--json"),
+    ]
 
 
 def test_the_module_refuses_what_the_command_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
