@@ -18,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch.local import torchrun
     from launch.runs import run_folder
     from parallel.mesh import MeshConfig
     from trainer.evaluate import describe, evaluate_run
@@ -28,9 +27,12 @@ def run(args: argparse.Namespace) -> int:
     if args.mesh is not None and "WORLD_SIZE" not in os.environ:
         mesh = MeshConfig.parse(args.mesh)
         if mesh.world_size > 1:
-            # Before torchrun, which would answer with a report on every rank.
+            from launch import agent
+            from launch.group import Group
+
+            # Here, since the processes would each report it.
             refuse_evaluation(folder, args.data, mesh)
-            torchrun(mesh.world_size, ["eval", args.run, *options(args)])
+            return agent.work(Group(nproc=mesh.world_size), ["-m", "launch.cli", "eval", args.run, *options(args)])
     result, path = evaluate_run(folder, args.data, args.mesh)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(result.as_dict()) if args.json else describe(result, path))

@@ -113,7 +113,7 @@ def test_train_refuses_before_any_process_starts(
 def test_eval_refuses_before_any_process_starts(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("torchrun started"))
+    monkeypatch.setattr("launch.agent.work", lambda *_: pytest.fail("processes started"))
     run = str(tmp_path / "run")
 
     def said(*arguments: str) -> str:
@@ -135,26 +135,24 @@ def saved_run(folder: Path, *overrides: str) -> None:
     write_config(folder, load_run(CONFIG, overrides))
 
 
-def test_eval_on_several_ranks_becomes_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Replaced(BaseException):
-        pass
-
+def test_eval_on_several_ranks_starts_as_many(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     called: list[Any] = []
 
-    def execve(*arguments: Any) -> None:
+    def work(*arguments: Any) -> int:
         called.extend(arguments)
-        raise Replaced
+        return 5
 
-    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr("launch.agent.work", work)
     paths = dataset(tmp_path / "data")
     run = str(tmp_path / "run")
     saved_run(Path(run), *paths)
-    with pytest.raises(Replaced):
-        main(["eval", run, "--mesh", "fsdp=2", "--json", "--data", f"{tmp_path}/data/train"])
-    assert called[1][1:] == [
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "launch.cli"),
-        *("eval", run, "--mesh=fsdp=2", f"--data={tmp_path}/data/train", "--json"),
-    ]
+    assert main(["eval", run, "--mesh", "fsdp=2", "--json", "--data", f"{tmp_path}/data/train"]) == 5
+    group, arguments = called
+    assert group.nproc == 2
+    data = f"--data={tmp_path}/data/train"
+    assert arguments == ["-m", "launch.cli", "eval", run, "--mesh=fsdp=2", data, "--json"]
 
 
 def test_the_module_refuses_what_the_command_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
