@@ -7,12 +7,11 @@ from configs.load import load
 from configs.structure import instantiate
 from configs.validate import parse
 from trainer import checkpoint
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import FOLDER, Checkpoint
 from trainer.config import RunConfig
 from trainer.preflight import load_model, load_run
-from trainer.resume import FOLDER
 
-__all__ = ["load_model", "load_run", "newest_checkpoint", "run_folder"]
+__all__ = ["checkpoints", "load_model", "load_run", "newest_checkpoint", "run_folder"]
 
 
 def run_folder(path: str) -> Path:
@@ -20,10 +19,20 @@ def run_folder(path: str) -> Path:
     return Path(parse(RunConfig, load(path)).run.dir) if Path(path).is_file() else Path(path)
 
 
-def newest_checkpoint(folder: Path) -> tuple[RunConfig, Checkpoint, Path]:
-    """Of a run's folder. Raises ValueError where there is none."""
-    path = checkpoint.newest(folder / FOLDER, lambda sentence: print(f"weft: warning: {sentence}", file=sys.stderr))
-    if path is None:
-        raise ValueError(f"{folder} has no checkpoint; give the folder of a run that has saved one")
-    content = checkpoint.read(path)
-    return instantiate(RunConfig, content.config), content, path
+def newest_checkpoint(path: Path) -> tuple[RunConfig, Checkpoint, Path]:
+    """Of a run's folder; or the checkpoint that the path is. Raises ValueError where there is none that is whole."""
+    chosen = checkpoint.choose(path, lambda sentence: print(f"weft: warning: {sentence}", file=sys.stderr))
+    content = checkpoint.read(chosen)
+    return instantiate(RunConfig, content.config), content, chosen
+
+
+def checkpoints(given: str) -> dict[int, Path]:
+    """All of a run by step, whole or not; or the one that is given. Raises ValueError where there is none."""
+    path = run_folder(given)
+    if match := checkpoint.NAME.fullmatch(path.name):
+        found = {int(match[1]): path} if path.is_dir() else {}
+    else:
+        found = checkpoint.steps(path / FOLDER)
+    if not found:
+        raise ValueError(f"{given} has no checkpoint; give the folder of a run that has saved one, or a checkpoint's")
+    return found

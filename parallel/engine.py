@@ -5,7 +5,7 @@ Shape suffixes: N this data rank's sequences of a step, T sequence.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -42,13 +42,14 @@ class StepOutput:
     """Equal on all ranks.
 
     loss: mean cross-entropy over the step's valid targets. losses: other losses, likewise divided by the token count.
-    stats: sums over the step.
+    stats: sums over the step. votes: how many ranks voted yes.
     """
 
     loss: Tensor
     tokens: int
     losses: dict[str, Tensor]
     stats: dict[str, Tensor]
+    votes: int = 0
 
 
 def pad(batch: Batch, multiple: int) -> Batch:
@@ -110,9 +111,10 @@ class Engine:
             for module, attribute, piece in shards(model, self.mesh):
                 yield Held(getattr(module, attribute), piece)
 
-    def step_gradients(self, batch: Batch, micro_batches: int) -> StepOutput:
+    def step_gradients(self, batch: Batch, micro_batches: int, vote: Callable[[], bool] = lambda: False) -> StepOutput:
         """Zero the gradients, run forward and backward over this data rank's batch, and complete them.
 
+        vote: asked once all of that is done, and counted over the ranks on the way of the loss.
         Raises ValueError when the sequences do not divide into micro-batches, or the schedule needs more of them.
         """
         sequences = batch.tokens.shape[0]
@@ -129,7 +131,7 @@ class Engine:
             self._pipelined(batch, micro_batches, scale) if self.stages else self._local(batch, micro_batches, scale)
         )
         gradients.reduce(self.held(), self.mesh, self.shared)
-        return self._output(record, tokens)
+        return self._output(record, tokens, vote)
 
     def _sum_over_data(self, x: Tensor) -> Tensor:
         """Over data ranks only: tensor, context and pipeline ranks hold the same sequences."""
@@ -166,16 +168,18 @@ class Engine:
         return record
 
     @torch.no_grad()
-    def _output(self, record: pipeline.Record, tokens: int) -> StepOutput:
+    def _output(self, record: pipeline.Record, tokens: int, vote: Callable[[], bool]) -> StepOutput:
         """Sum what the ranks recorded: tokens are spread over data, context and tensor ranks, layers over stages."""
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for value in record.token_loss:
             loss = loss + value
         losses = self._sum_named(record.losses)
         stats = self._sum_named(record.stats)
+        sums = torch.stack([loss, loss.new_tensor(float(vote()))])
         if dist.is_initialized():
-            dist.all_reduce(loss)
-        return StepOutput(loss / max(tokens, 1), tokens, {k: v / max(tokens, 1) for k, v in losses.items()}, stats)
+            dist.all_reduce(sums)
+        loss, votes = sums[0] / max(tokens, 1), int(sums[1])
+        return StepOutput(loss, tokens, {k: v / max(tokens, 1) for k, v in losses.items()}, stats, votes)
 
     def _sum_named(self, records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Sum over micro-batches, the ranks of the stage, and the stages that have the name."""

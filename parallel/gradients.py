@@ -36,15 +36,17 @@ class Held:
         grad = self.parameter.grad
         return grad.to_local() if isinstance(grad, DTensor) else grad
 
-    def holders(self, mesh: Mesh) -> int:
-        """How many ranks of the stage hold these same elements."""
-        if self.shard.expert:
-            data = self.parameter.device_mesh if isinstance(self.parameter, DTensor) else None
-            return mesh.expert_data.size if data is None else mesh.expert_data.size // data.size(-1)
-        data = mesh.data.size
+    def holder(self, mesh: Mesh) -> tuple[int, int]:
+        """(which, of how many): this rank among the ranks of the stage that hold these same elements."""
+        ranks = mesh.expert_data if self.shard.expert else mesh.data
+        index, count = ranks.index, ranks.size
         if isinstance(self.parameter, DTensor):
-            data //= self.parameter.device_mesh.size(-1)
-        return data * (mesh.tp.size // self.shard.pieces)
+            data = self.parameter.device_mesh
+            index, count = data.get_local_rank(0) if data.ndim > 1 else 0, count // data.size(-1)
+        if not self.shard.expert:
+            same = mesh.tp.size // self.shard.pieces
+            index, count = index * same + mesh.tp.index % same, count * same
+        return index, count
 
 
 def sum_bucket(gradients: list[Tensor], ranks: Ranks) -> None:
@@ -95,7 +97,7 @@ def norm(parameters: Iterable[Held], mesh: Mesh) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for held in parameters:
         if not held.shard.copy:
-            total = total + held.gradient.double().square().sum().cpu() / held.holders(mesh)
+            total = total + held.gradient.double().square().sum().cpu() / held.holder(mesh)[1]
     if dist.is_initialized():
         total = total.to(mesh.device)
         dist.all_reduce(total)

@@ -52,8 +52,9 @@ class TrainConfig:
 
     steps: optimiser steps. global_batch: sequences of a step. micro_batch: sequences of a data rank's forward pass.
     log_every, eval_every, save_every: in steps, 0 is never; a run also saves its last step. eval_batches: global
-    batches of an evaluation. keep_checkpoints: older ones are deleted. dtype: of the weights and the computation;
-    bfloat16 is refused, since it needs float32 master weights.
+    batches of an evaluation. keep_checkpoints: how many of the newest stay. keep_every: those at multiples of so many
+    steps stay too, 0 is none. dtype: of the weights and the computation; bfloat16 is refused, since it needs
+    float32 master weights.
     """
 
     steps: int
@@ -64,11 +65,12 @@ class TrainConfig:
     eval_batches: int = 8
     save_every: int = 0
     keep_checkpoints: int = 2
+    keep_every: int = 0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "global_batch", "micro_batch", "eval_batches", "keep_checkpoints")
-        at_least(self, 0, "log_every", "eval_every", "save_every")
+        at_least(self, 0, "log_every", "eval_every", "save_every", "keep_every")
         if self.dtype == "bfloat16":
             raise ValueError(
                 "dtype is bfloat16, which needs float32 master weights that are not built yet; use float32"

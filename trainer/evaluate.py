@@ -17,7 +17,7 @@ from trainer.config import RunConfig
 from trainer.data.manifest import read_manifest
 from trainer.data.sequences import Sequences, on_device
 from trainer.process import build_engine, joined
-from trainer.resume import FOLDER
+from trainer.resume import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate_run(folder: Path, data: str | None, mesh_text: str | None) -> tuple[Evaluation, Path]:
-    """Evaluate the newest whole checkpoint of a run; returns its path too."""
-    path = checkpoint.newest(folder / FOLDER, lambda sentence: print(f"warning: {sentence}", file=sys.stderr))
-    if path is None:
-        raise ValueError(f"{folder} has no checkpoint; give the folder of a run that has saved one")
+    """Evaluate a checkpoint, or the newest whole one of a run; returns its path too."""
+    path = checkpoint.choose(folder, lambda sentence: print(f"warning: {sentence}", file=sys.stderr))
     content = checkpoint.read(path)
     config: RunConfig = instantiate(RunConfig, content.config)
     prefix = held_out(config, data)
@@ -106,7 +104,7 @@ def evaluate_run(folder: Path, data: str | None, mesh_text: str | None) -> tuple
         mesh_config = MeshConfig.parse(mesh_text)
     with joined(mesh_config) as mesh:
         engine = build_engine(config, mesh)
-        engine.load_full_state(dict(content.model))
+        load(path, engine)
         return evaluate(engine, Sequences(prefix, config.data.sequence_length), config.train.micro_batch), path
 
 

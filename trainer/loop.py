@@ -19,9 +19,11 @@ from trainer.evaluate import evaluate
 from trainer.metrics import StepMetrics
 from trainer.optim import AdamW
 from trainer.process import build_engine
-from trainer.resume import on_main, resume, save
+from trainer.resume import everyone, on_main, resume
 from trainer.runfolder import refuse_lost, retire, write_config
+from trainer.saver import Saver
 from trainer.schedule import factor
+from trainer.signals import Stop
 from trainer.state import RunState
 
 
@@ -41,13 +43,20 @@ class Launch:
             raise ValueError(f"stop_after is {self.stop_after}; it must be at least 1")
 
 
-def train(config: RunConfig, mesh: Mesh, launch: Launch | None = None, console: Console | None = None) -> RunState:
+def train(
+    config: RunConfig,
+    mesh: Mesh,
+    launch: Launch | None = None,
+    console: Console | None = None,
+    stop: Stop | None = None,
+) -> RunState:
     """Run, or resume, `config` on all ranks of `mesh`; returns where it ended.
 
-    console: where rank 0 prints. Raises ValueError for what does not fit together, and FloatingPointError, on all ranks
-    and before the weights are changed, at a loss or gradient that is not finite.
+    console: where rank 0 prints. stop: once any rank's is requested, all save and end, after the step that they are in.
+    Raises ValueError for what does not fit together, FloatingPointError, on all ranks and before the weights are
+    changed, at a loss or gradient that is not finite, and OSError where the last step could not be saved.
     """
-    launch, console = launch or Launch(), console or Console()
+    launch, console, stop = launch or Launch(), console or Console(), stop or Stop()
     folder, size = Path(config.run.dir), config.train.global_batch
     data = TrainingData(config.data.train, config.data.sequence_length, config.run.seed)
     held_out = Sequences(config.data.valid, config.data.sequence_length) if config.data.valid else None
@@ -57,18 +66,23 @@ def train(config: RunConfig, mesh: Mesh, launch: Launch | None = None, console: 
     optimizer = AdamW(engine, config.optim)
     if launch.fresh:
         on_main(mesh.is_main, lambda: retire(folder))
-    state = resume(config, engine, optimizer, lambda sentence: console.print(f"warning: {sentence}", soft_wrap=True))
-    if not state.step:
+    resumed = resume(config, engine, optimizer, lambda sentence: console.print(f"warning: {sentence}", soft_wrap=True))
+    if resumed is None:
         on_main(mesh.is_main, lambda: refuse_lost(folder))
+    state = resumed or RunState()
     on_main(mesh.is_main, lambda: write_config(folder, config))
 
     last = min(config.train.steps, launch.stop_after or config.train.steps)
-    with metrics.opened(folder, state.step, last, console if mesh.is_main else None) as log:
+    with (
+        metrics.opened(folder, state.step, last, console if mesh.is_main else None) as log,
+        Saver(config, engine, optimizer, state.step if resumed else None, log.say) as saver,
+    ):
         log.say(opening(config, mesh, state, last) if state.step < last else nothing_to_do(config, state, last))
-        while state.step < last:
+        stopping = any(everyone(lambda: stop.requested))
+        while state.step < last and not stopping:
             began = time.perf_counter()
             batch = data.batch(state.samples, size, mesh.data_rank, mesh.data_size, config.train.micro_batch)
-            out = engine.step_gradients(on_device(batch, mesh.device), config.micro_batches)
+            out = engine.step_gradients(on_device(batch, mesh.device), config.micro_batches, lambda: stop.requested)
             loss, norm = float(out.loss), engine.grad_norm()
             # Both are sums over all ranks, so that all ranks stop or none does.
             if not math.isfinite(loss) or not math.isfinite(float(norm)):
@@ -78,7 +92,7 @@ def train(config: RunConfig, mesh: Mesh, launch: Launch | None = None, console: 
             lr = config.optim.lr * factor(state.step, config.train.steps, config.schedule)
             optimizer.step(lr)
             engine.after_step(out.stats)
-            state = state.after(size, out.tokens)
+            state, stopping = state.after(size, out.tokens), out.votes > 0
 
             speed = out.tokens / (time.perf_counter() - began)
             losses = {name: float(value) for name, value in out.losses.items()}
@@ -89,8 +103,12 @@ def train(config: RunConfig, mesh: Mesh, launch: Launch | None = None, console: 
                 result = evaluate(engine, held_out, config.train.micro_batch, rows)
                 log.record(state.step, {"valid/loss": result.loss, "valid/perplexity": result.perplexity})
                 log.say(f"step {state.step}, held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
-            if due(state.step, config.train.save_every) or state.step == last:
-                log.say(f"saved {save(config, engine, optimizer, state)}")
+            saver.poll()
+            if due(state.step, config.train.save_every):
+                saver.save(state)
+        saver.finish(state)
+        if stopping:
+            log.say(f"asked to stop: ended after step {state.step}; the same command again resumes")
     return state
 
 

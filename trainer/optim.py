@@ -1,9 +1,8 @@
-"""AdamW over what an engine holds. Its state is kept by parameter name, whole, and so fits every mesh.
+"""AdamW over what an engine holds. Its state goes by parameter name.
 
 Source: Loshchilov & Hutter, arXiv 1711.05101.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from parallel.engine import Engine
 from parallel.gradients import Held
-from parallel.shards import write
 from trainer.config import AdamWConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,10 +29,9 @@ def groups(engine: Engine, weight_decay: float) -> list[dict[str, Any]]:
 
 
 class AdamW:
-    """`steps` counts the updates, for the bias correction."""
+    """torch's, over the parameters that this rank holds."""
 
     def __init__(self, engine: Engine, config: AdamWConfig) -> None:
-        self._engine, self._steps = engine, 0
         parameters = groups(engine, config.weight_decay)
         self._adamw = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, eps=config.eps)
 
@@ -43,7 +40,6 @@ class AdamW:
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
-        self._steps += 1
 
     def state(self, held: Held) -> dict[str, Tensor]:
         """See `trainer.state.OptimizerState`: "exp_avg", "exp_avg_sq" and the count of updates, "step"."""
@@ -52,33 +48,3 @@ class AdamW:
             own["step"] = torch.zeros(())
             own |= {moment: torch.zeros_like(held.parameter) for moment in MOMENTS}
         return own
-
-    def full_state(self) -> dict[str, Tensor]:
-        """Both moments of every parameter, whole, as "name/exp_avg" and "name/exp_avg_sq" (a collective).
-
-        Before the first step there are none. Every rank gets those of all pipeline stages.
-        """
-        if not self._steps:
-            return {}
-        state: dict[str, Tensor] = {"steps": torch.tensor([self._steps])}
-        for moment in MOMENTS:
-
-            def pick(held: Held, moment: str = moment) -> Tensor:
-                return self._adamw.state[held.parameter][moment]
-
-            state |= {f"{name}/{moment}": value for name, value in self._engine.gather(pick).items()}
-        return state
-
-    @torch.no_grad()
-    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `full_state` gave; every parameter must be there."""
-        self._adamw.state.clear()
-        self._steps = int(state["steps"]) if state else 0
-        if not state:
-            return
-        for held in self._engine.held():
-            own: dict[str, Tensor] = {"step": torch.tensor(float(self._steps))}
-            for moment in MOMENTS:
-                own[moment] = torch.zeros_like(held.parameter)
-                write(own[moment], held.shard, state[f"{held.shard.name}/{moment}"])
-            self._adamw.state[held.parameter] = own

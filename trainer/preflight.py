@@ -16,11 +16,11 @@ from parallel import pipeline
 from parallel.mesh import MeshConfig
 from parallel.preflight import refuse
 from trainer import checkpoint
+from trainer.checkpoint import FOLDER
 from trainer.config import RunConfig
 from trainer.data.check import open_data
 from trainer.evaluate import held_out
 from trainer.loop import refuse_vocabulary
-from trainer.resume import FOLDER
 from trainer.runfolder import CONFIG
 
 
@@ -93,7 +93,11 @@ def refuse_missing(key: str, name: str, prefix: str) -> None:
 
 
 def refuse_evaluation(folder: Path, data: str | None, mesh: MeshConfig) -> None:
-    """Raise ValueError where the run in `folder` cannot be evaluated on `mesh`, without reading its weights."""
+    """Raise ValueError where a run cannot be evaluated on `mesh`, without reading its weights.
+
+    folder: of the run, or of one of its checkpoints.
+    """
+    folder = folder.parent.parent if checkpoint.NAME.fullmatch(folder.name) else folder
     if not checkpoint.steps(folder / FOLDER):
         raise ValueError(f"{folder} has no checkpoint; give the folder of a run that has saved one")
     config: RunConfig = parse(RunConfig, load(folder / CONFIG))

@@ -1,69 +1,107 @@
-"""Saving and taking up a run on all ranks: rank 0 writes and chooses, and every rank learns what came of it."""
+"""Taking up a run on all ranks: they look for the newest whole checkpoint together, and each reads what it holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 from configs.structure import to_plain
 from parallel.engine import Engine
+from parallel.pieces import Piece, entire, piece, with_owners
 from trainer import checkpoint
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import FOLDER
 from trainer.config import RunConfig
-from trainer.optim import AdamW
-from trainer.state import RunState
+from trainer.shardfiles import ShardReader
+from trainer.state import OptimizerState, RunState
 
 T = TypeVar("T")
-FOLDER = "checkpoints"
 # What decides which samples a run sees: a resumed run that changes one of these does not see each once.
 ORDER = ("data.train", "data.sequence_length", "run.seed")
 
 
+def everyone(action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank; all return all results, or raise what the first to fail raised (a collective)."""
+    answer: tuple[Any, Exception | None]
+    try:
+        answer = action(), None
+    except (OSError, ValueError) as error:
+        answer = None, error
+    except Exception as error:
+        # Others, such as safetensors' own, may not survive the journey; their text does.
+        answer = None, RuntimeError(f"{type(error).__name__}: {error}")
+    answers: list[Any] = [answer]
+    if dist.is_initialized():
+        answers *= dist.get_world_size()
+        dist.all_gather_object(answers, answer)
+    for _, failed in answers:
+        if failed is not None:
+            raise failed
+    return [result for result, _ in answers]
+
+
 def on_main(mesh_is_main: bool, action: Callable[[], T]) -> T:
     """Run `action` on rank 0 alone; every rank returns its result, or raises what it raised (a collective)."""
-    answer: list[Any] = [None, None]
-    if mesh_is_main:
-        try:
-            answer[0] = action()
-        except (OSError, ValueError) as error:
-            answer[1] = error
-        except Exception as error:
-            # Others, such as safetensors' own, may not survive the journey; their text does.
-            answer[1] = RuntimeError(f"{type(error).__name__}: {error}")
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+    return cast(T, everyone(lambda: action() if mesh_is_main else None)[0])
 
 
-def save(config: RunConfig, engine: Engine, optimizer: AdamW, state: RunState) -> Path:
-    """Write a checkpoint to the run's folder (a collective)."""
-    content = Checkpoint(state, to_plain(config), engine.full_state(), optimizer.full_state())
-    folder = Path(config.run.dir) / FOLDER
-    return on_main(engine.mesh.is_main, lambda: checkpoint.write(folder, content, config.train.keep_checkpoints))
+def saved(engine: Engine, optimizer: OptimizerState | None) -> Iterator[tuple[str, Piece, bool]]:
+    """(name, piece, whether this rank saves it) of all that a checkpoint holds of this rank.
+
+    A copy of a shared parameter goes by its owner's name, so that a name may come twice.
+    """
+    for held, owner in with_owners(engine.held(), engine.mesh):
+        name = held.shard.name
+        yield f"model/{name}", piece(held.parameter, held.shard), owner
+        for key, value in optimizer.state(held).items() if optimizer else ():
+            own = entire(value) if not value.shape else piece(value, held.shard)
+            yield f"optimizer/{name}/{key}", own, owner
+    for model in engine.models:
+        for name, buffer in model.named_buffers():
+            yield f"model/{name}", entire(buffer), engine.mesh.stage.index == 0
 
 
-def resume(config: RunConfig, engine: Engine, optimizer: AdamW, warn: Callable[[str], None]) -> RunState:
+def load(path: Path, engine: Engine, optimizer: OptimizerState | None = None) -> None:
+    """Fill the weights, buffers and optimiser state that this rank holds from a checkpoint, whatever mesh wrote it.
+
+    Raises ValueError on all ranks for what the checkpoint lacks (a collective).
+    """
+    reader = ShardReader(path)
+
+    def fill() -> None:
+        for name, own, _ in saved(engine, optimizer):
+            reader.fill(name, own)
+
+    everyone(fill)
+
+
+def resume(
+    config: RunConfig, engine: Engine, optimizer: OptimizerState, warn: Callable[[str], None]
+) -> RunState | None:
     """Take up the newest whole checkpoint of the run's folder, if any (a collective; all ranks must see the folder).
 
-    Raises ValueError if only damaged ones are left, or if the newest is of another model.
+    Every rank verifies a share of the files. Raises ValueError if only damaged ones are left, or if the newest is of
+    another model.
     """
-    folder = Path(config.run.dir) / FOLDER
-    path = on_main(engine.mesh.is_main, lambda: checkpoint.newest(folder, warn))
+    folder, mesh = Path(config.run.dir) / FOLDER, engine.mesh
+
+    def judge(path: Path) -> str | None:
+        share = (mesh.rank, mesh.config.world_size)
+        return next(filter(None, everyone(lambda: checkpoint.damage(path, share=share))), None)
+
+    found = on_main(mesh.is_main, lambda: checkpoint.steps(folder))
+    path = checkpoint.newest_of(found, folder, warn if mesh.is_main else lambda _: None, judge)
     if path is None:
-        return RunState()
+        return None
     content = checkpoint.read(path)
     for key, old, new in differences(content.config, to_plain(config)):
         if key.startswith("model."):
             raise ValueError(f"{key} is {new!r}, and {old!r} in {path}; use another run.dir, or the old value")
-        if key in ORDER and engine.mesh.is_main:
+        if key in ORDER and mesh.is_main:
             warn(
                 f"{key} is {new!r}, and was {old!r} until step {content.state.step}; samples may repeat or be left out"
             )
-    engine.load_full_state(dict(content.model))
-    optimizer.load_full_state(content.optimizer)
+    load(path, engine, optimizer)
     return content.state
 
 

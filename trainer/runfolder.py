@@ -5,9 +5,9 @@ from pathlib import Path
 import yaml
 
 from configs.structure import to_plain
+from trainer.checkpoint import FOLDER
 from trainer.config import RunConfig
 from trainer.metrics import EVENTS, METRICS
-from trainer.resume import FOLDER
 
 CONFIG = "config.yaml"
 

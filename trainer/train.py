@@ -6,9 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from configs.errors import sentence
-from trainer.loop import Launch, train
-from trainer.preflight import load_run, refuse_data
-from trainer.process import joined
+from trainer.signals import Stop
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,11 +16,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stop-after", type=int, help="save and end after this step")
     parser.add_argument("--fresh", action="store_true", help="move aside what the run's folder holds, and start anew")
     args = parser.parse_intermixed_args(arguments)
+    with Stop() as stop:
+        return run(args, stop)
+
+
+def run(args: argparse.Namespace, stop: Stop) -> int:
+    # Imported only now, because it takes seconds, in which a signal must not be missed.
+    from trainer.loop import Launch, train
+    from trainer.preflight import load_run, refuse_data
+    from trainer.process import joined
+
     try:
         config = load_run(args.config, args.overrides)
         refuse_data(config)
         with joined(config.mesh) as mesh:
-            train(config, mesh, Launch(args.stop_after, args.fresh))
+            train(config, mesh, Launch(args.stop_after, args.fresh), stop=stop)
     except (ValueError, OSError, FloatingPointError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' on rank {rank}'}: {sentence(error)}", file=sys.stderr)

@@ -11,7 +11,7 @@ from launch.command import Command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or its config")
+    parser.add_argument("run", metavar="RUN", help="folder of a run or of a checkpoint, or a run's config")
     parser.add_argument("--data", metavar="PREFIX", help="of a .bin/.idx pair (default: the run's data.valid)")
     parser.add_argument("--mesh", help="such as dp=2 (default: one process; under torchrun the run's)")
     parser.add_argument("--json", action="store_true", help="one line of JSON")

@@ -7,7 +7,7 @@ from launch.command import Command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or its config")
+    parser.add_argument("run", metavar="RUN", help="folder of a run or of a checkpoint, or a run's config")
     parser.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the run's data.tokenizer")
     formats = "native (a model of transformers' own), self-contained (with code), or auto (native where exact; default)"

@@ -6,7 +6,7 @@ from launch.command import Command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or its config")
+    parser.add_argument("run", metavar="RUN", help="folder of a run or of a checkpoint, or a run's config")
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from launch.command import Command, config_arguments
 from launch.commands.train import checked, run_arguments, start
+from trainer.signals import Stop
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -24,14 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch import slurm
-    from launch.group import group
+    with Stop() as stop:
+        from launch import slurm
+        from launch.group import group
 
-    if args.slurm:
-        return queue(args, checked(args))
-    slurm.refuse_without_slurm(args)
-    config = checked(args)
-    return start(args, config, group(args, config.mesh))
+        if args.slurm:
+            return queue(args, checked(args))
+        slurm.refuse_without_slurm(args)
+        config = checked(args)
+        return start(args, config, group(args, config.mesh), stop)
 
 
 def queue(args: argparse.Namespace, config: "RunConfig") -> int:
@@ -40,13 +42,13 @@ def queue(args: argparse.Namespace, config: "RunConfig") -> int:
     from configs.text import dump_yaml
     from launch import slurm
     from launch.group import processes
-    from trainer.resume import FOLDER
+    from trainer.checkpoint import FOLDER, name_of
 
     if args.nproc is None:
         args.nproc = args.gpus_per_node
     last = min(config.train.steps, args.stop_after or config.train.steps)
     job = slurm.job(
-        args, Path(config.run.dir), f"{FOLDER}/step-{last:08}", processes(args, config.mesh), dict(os.environ)
+        args, Path(config.run.dir), f"{FOLDER}/{name_of(last)}", processes(args, config.mesh), dict(os.environ)
     )
     script = slurm.render(job, " ".join(shlex.join(["weft", *sys.argv[1:]]).split()))
     if args.dry_run:

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from launch.command import Command, config_arguments
+from trainer.signals import Stop
 
 if TYPE_CHECKING:
     from launch.group import Group
@@ -27,10 +28,12 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch.group import Group
+    # Before the imports, which take seconds in which a signal must not be missed.
+    with Stop() as stop:
+        from launch.group import Group
 
-    config = checked(args)
-    return start(args, config, Group(nproc=config.mesh.world_size))
+        config = checked(args)
+        return start(args, config, Group(nproc=config.mesh.world_size), stop)
 
 
 def checked(args: argparse.Namespace) -> "RunConfig":
@@ -43,7 +46,7 @@ def checked(args: argparse.Namespace) -> "RunConfig":
     return config
 
 
-def start(args: argparse.Namespace, config: "RunConfig", group: "Group") -> int:
+def start(args: argparse.Namespace, config: "RunConfig", group: "Group", stop: Stop) -> int:
     """Train in this process, where it is one of the run's or the only one, otherwise in the processes of `group`."""
     from trainer.loop import Launch, train
     from trainer.process import joined
@@ -52,9 +55,11 @@ def start(args: argparse.Namespace, config: "RunConfig", group: "Group") -> int:
     if "WORLD_SIZE" not in os.environ and not group.alone:
         from launch import agent
 
+        if stop.requested:
+            return 0
         return agent.train(group, ["-m", "launch.cli", "train", args.config, *args.overrides, *options(args)])
     with joined(config.mesh) as mesh:
-        train(config, mesh, launch)
+        train(config, mesh, launch, stop=stop)
     return 0
 
 

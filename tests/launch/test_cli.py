@@ -73,7 +73,7 @@ ALL = "check, config, data, eval, export, generate, launch, plugins, prepare, tr
         (
             ["train", CONFIG, "train.stesp=3"],
             "train.stesp: unknown key; did you mean steps? train takes steps, global_batch, micro_batch, log_every, "
-            "eval_every, eval_batches, save_every, keep_checkpoints, dtype",
+            "eval_every, eval_batches, save_every, keep_checkpoints, keep_every, dtype",
         ),
         (
             ["train", CONFIG, "steps"],

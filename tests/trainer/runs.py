@@ -70,6 +70,10 @@ def run_interrupted(config: RunConfig, stop_after: int) -> list[dict[str, float]
     return records(config)
 
 
+def run_to(config: RunConfig, step: int) -> None:
+    run(config, Launch(stop_after=step), Mesh(config.mesh))
+
+
 def run_through(config: RunConfig) -> list[dict[str, float]]:
     run(config, None, Mesh(config.mesh))
     return records(config)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import checkpoint
+from trainer import shardfiles
 from trainer.checkpoint import Checkpoint, damage, newest, read, steps, write
 from trainer.state import RunState
 
@@ -24,7 +24,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert torch.equal(found.model["layers.0.w"], content(3).model["layers.0.w"])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+MODEL, OPTIMIZER = "model-00000-000.safetensors", "optimizer-00000-000.safetensors"
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "index.json", "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["missing", "truncated", "changed"])
 def test_damage_is_seen_and_an_older_one_taken(tmp_path: Path, name: str, how: str) -> None:
     older, newer = write(tmp_path, content(1), keep=2), write(tmp_path, content(2), keep=2)
@@ -49,12 +52,13 @@ def test_damage_is_seen_and_an_older_one_taken(tmp_path: Path, name: str, how: s
         3,
         None,
         {},
-        {"files": []},
-        {"files": None},
-        {"files": {}},
-        {"files": {"model.safetensors": 3}},
-        {"files": {"model.safetensors": {}}},
-        {"files": {"model.safetensors": {"bytes": [], "sha256": {}}}},
+        {"format": 2, "files": []},
+        {"format": 2, "files": None},
+        {"format": 2, "files": {}},
+        {"format": 2, "files": {"index.json": 3, "state.json": 3}},
+        {"format": 2, "files": {"index.json": {}, "state.json": {}}},
+        {"format": 2, "files": {"index.json": {"bytes": [], "sha256": {}}, "state.json": {}}},
+        {"format": 2, "files": {"index.json": {"bytes": 1}, "state.json": {"bytes": 1}, "../x": {"bytes": 1}}},
     ],
     ids=json.dumps,
 )
@@ -64,7 +68,7 @@ def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, manifest: object)
     assert damage(path) is not None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["index.json", "state.json"])
 def test_a_manifest_that_lacks_a_file_is_damage(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, content(1), keep=1)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -105,10 +109,11 @@ def test_a_crash_while_saving_loses_nothing(tmp_path: Path, monkeypatch: pytest.
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        owner = {"save_file": checkpoint, "fsync": os, "rename": Path}[call]
+        owner = {"save_file": shardfiles, "fsync": os, "rename": Path}[call]
         patch.setattr(owner, call, crash)
         with pytest.raises(OSError, match="no space"):
             write(tmp_path, content(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert newest(tmp_path, pytest.fail) == tmp_path / "step-00000001"
     write(tmp_path, content(2), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

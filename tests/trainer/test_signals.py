@@ -1,0 +1,128 @@
+"""A signal in any phase ends in a saved state and exit code 0, and what is resumed is what was never interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.structure import to_plain
+from parallel.engine import Engine
+from parallel.mesh import Mesh, MeshConfig
+from parallel.testing import Pool
+from tests.trainer import runs
+from trainer import checkpoint, loop, shardfiles
+from trainer.loop import train
+from trainer.signals import Stop
+
+PHASES: dict[str, tuple[object, str]] = {
+    "start-up": (loop, "build_engine"),
+    "resuming": (loop, "resume"),
+    "step": (Engine, "step_gradients"),
+    "validation": (loop, "evaluate"),
+    "saving": (shardfiles, "save_file"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.prepare_data(tmp_path_factory.mktemp("signals"))
+
+
+def interrupt(patch: pytest.MonkeyPatch, phase: str, number: signal.Signals, *, times: int = 1) -> None:
+    """Have this process send itself the signal in the second call of what the phase is, or the first if it has one."""
+    owner, name = PHASES[phase]
+    real: Callable[..., object] = getattr(owner, name)
+    calls: list[None] = []
+
+    def wrapped(*args: object, **kwargs: object) -> object:
+        calls.append(None)
+        if len(calls) == (1 if phase in ("start-up", "resuming") else 2):
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    patch.setattr(owner, name, wrapped)
+
+
+def run_interrupted(config: runs.RunConfig, phase: str, number: signal.Signals, rank: int = 0) -> int:
+    """The step at which a run ends that is interrupted on one rank."""
+    mesh = Mesh(config.mesh)
+    with pytest.MonkeyPatch.context() as patch, Stop() as stop:
+        if mesh.rank == rank:
+            interrupt(patch, phase, number, times=2)
+        return train(config, mesh, stop=stop).step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("phase", "end"), [("start-up", 0), ("resuming", 0), ("step", 2), ("validation", 5), ("saving", None)]
+)
+def test_a_signal_in_any_phase(data: Path, tmp_path: Path, phase: str, end: int | None, number: signal.Signals) -> None:
+    whole = runs.run_config(data, tmp_path / "whole", eval_every=2, save_every=2)
+    parts = runs.run_config(data, tmp_path / "parts", eval_every=2, save_every=2)
+    ended = run_interrupted(parts, phase, number)
+    # The thread that saves is interrupted while the steps go on.
+    assert ended == end if end is not None else 2 <= ended < 6
+    assert list(checkpoint.steps(tmp_path / "parts" / "checkpoints"))[-1] == ended
+    assert runs.run_through(parts) == runs.run_through(whole)
+    for name in ("model", "optimizer"):
+        left, right = (
+            getattr(checkpoint.read(tmp_path / run / "checkpoints" / "step-00000006"), name)
+            for run in ("whole", "parts")
+        )
+        assert left.keys() == right.keys() and all(left[key].equal(right[key]) for key in left)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(dp=2), MeshConfig(pp=2)], ids=str)
+def test_ranks_decide_together(data: Path, tmp_path: Path, pool: Pool, mesh: MeshConfig) -> None:
+    """A signal that only one rank gets ends all of them after the same step."""
+    config = runs.run_config(data, tmp_path, mesh, micro_batch=1)
+    assert pool.run(run_interrupted, 2, config, "step", signal.SIGTERM, 1, timeout=60) == [2, 2]
+    assert list(checkpoint.steps(tmp_path / "checkpoints")) == [2]
+
+
+def test_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def handles_signals(pid: int) -> bool:
+    """Whether the process has a handler of its own for SIGTERM."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("wait", ["import", "training"])
+def test_a_process_that_gets_sigterm_exits_with_0(data: Path, tmp_path: Path, wait: str) -> None:
+    """While it imports torch, and while it trains."""
+    config = runs.run_config(data, tmp_path / "run", steps=100_000, log_every=1, save_every=0)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(to_plain(config)))
+    command = [sys.executable, "-m", "launch.cli", "train", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        try:
+            metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+            while not (
+                handles_signals(process.pid) if wait == "import" else metrics.is_file() and metrics.stat().st_size
+            ):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            out, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 0, error.decode()
+    assert b"Traceback" not in error
+    (step,) = checkpoint.steps(tmp_path / "run" / "checkpoints")
+    assert step == 0 if wait == "import" else step > 0
+    assert f"ended after step {step}" in out.decode()
