@@ -43,6 +43,8 @@ class Job:
         shards = self.tokenize(tasks, scanned, split, path)
         for name in self.splits:
             if not any(shard.splits[name]["documents"] for shard in shards):
+                # Of no use to a call that holds out another part.
+                shutil.rmtree(self.work / "shards")
                 raise self.empty(name, scanned)
         return self.write(tokenizer, path, scanned, shards)
 
