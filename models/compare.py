@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from configs.errors import shown
 from configs.structure import to_plain
 from models.config import LMConfig
 
@@ -33,7 +34,7 @@ def compared(left: LMConfig, right: LMConfig) -> Iterator[Difference]:
         yield from leaves(key, getattr(left, key), getattr(right, key))
     letters = left.pattern * left.repeat
     if len(letters) != len(right.expanded):
-        yield Difference("repeat", f"{left.repeat} ({len(letters)} layers)", f"{len(right.expanded)} layers")
+        yield Difference("pattern x repeat", f"{len(letters)} layers", f"{len(right.expanded)} layers")
     for slot in SLOTS:
         yield from leaves(slot, spelled(left, getattr(left, slot)), spelled(right, getattr(right, slot)))
     for letter, one, other in zip(letters, left.expanded, right.expanded, strict=False):
@@ -42,6 +43,11 @@ def compared(left: LMConfig, right: LMConfig) -> Iterator[Difference]:
             yield from leaves(f"layers.{letter}.{slot}", ours, theirs)
         ours, theirs = spelled(left, one.norm or left.norm), spelled(right, other.norm or right.norm)
         yield from leaves("norm" if one.norm is None else f"layers.{letter}.norm", ours, theirs)
+
+
+def said(value: Any) -> str:
+    """A value of a difference, for a sentence."""
+    return value if isinstance(value, str) else shown(value)
 
 
 def spelled(config: LMConfig, plugin: Any) -> dict[str, Any]:

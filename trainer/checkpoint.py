@@ -153,18 +153,18 @@ def newest_of(
     return None
 
 
-def choose(path: Path, warn: Callable[[str], None]) -> Path:
+def choose(path: Path, warn: Callable[[str], None], hashes: bool = True) -> Path:
     """The checkpoint that `path` is, or else the newest whole one of the run whose folder it is, for its weights.
 
-    Raises ValueError if it is damaged, or there is none.
+    hashes: without, sizes alone are verified. Raises ValueError if it is damaged, or there is none.
     """
     if NAME.fullmatch(path.name):
-        if reason := damage(path, part="model"):
+        if reason := damage(path, part="model", hashes=hashes):
             raise ValueError(
                 f"checkpoint {path} is damaged ({reason}); give another, or the run's folder for the newest"
             )
         return path
-    found = newest_of(steps(path / FOLDER), path / FOLDER, warn, lambda each: damage(each, part="model"))
+    found = newest_of(steps(path / FOLDER), path / FOLDER, warn, lambda each: damage(each, part="model", hashes=hashes))
     if found is None:
         raise ValueError(f"{path} has no checkpoint; give the folder of a run that has saved one")
     return found

@@ -1,6 +1,7 @@
 """The config of a run: the model's and the mesh's schemas, and the trainer's own."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from models.config import LMConfig
@@ -14,14 +15,19 @@ class OutputConfig:
     """Where a run writes, and where its randomness starts.
 
     dir: the folder of its checkpoints, logs and resolved config. seed: of the weights and of the data's order.
+    init_from: a run's folder, or one that weft import wrote, whose newest weights a new run starts from at step 0; the
+    optimiser, the data and the mesh are the run's own.
     """
 
     dir: str
     seed: int = 0
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         if not self.dir:
             raise ValueError("dir is empty; name a folder, such as runs/first")
+        if self.init_from is not None and Path(self.init_from).absolute() == Path(self.dir).absolute():
+            raise ValueError(f"init_from is {self.init_from}, which is dir too; give the new run a folder of its own")
         at_least(self, 0, "seed")
 
 

@@ -16,6 +16,7 @@ from trainer.data.manifest import read_manifest
 from trainer.data.sequences import Sequences, on_device
 from trainer.data.training import TrainingData
 from trainer.evaluate import evaluate
+from trainer.initial import start
 from trainer.metrics import StepMetrics
 from trainer.optim import AdamW
 from trainer.process import build_engine
@@ -66,9 +67,15 @@ def train(
     optimizer = AdamW(engine, config.optim)
     if launch.fresh:
         on_main(mesh.is_main, lambda: retire(folder))
-    resumed = resume(config, engine, optimizer, lambda sentence: console.print(f"warning: {sentence}", soft_wrap=True))
+
+    def warn(sentence: str) -> None:
+        console.print(f"warning: {sentence}", soft_wrap=True)
+
+    origin = None
+    resumed = resume(config, engine, optimizer, warn)
     if resumed is None:
         on_main(mesh.is_main, lambda: refuse_lost(folder))
+        origin = start(config, engine, warn)
     state = resumed or RunState()
     on_main(mesh.is_main, lambda: write_config(folder, config))
 
@@ -77,7 +84,7 @@ def train(
         metrics.opened(folder, state.step, last, console if mesh.is_main else None) as log,
         Saver(config, engine, optimizer, state.step if resumed else None, log.say) as saver,
     ):
-        log.say(opening(config, mesh, state, last) if state.step < last else nothing_to_do(config, state, last))
+        log.say(opening(config, mesh, state, last, origin) if state.step < last else nothing_to_do(config, state, last))
         stopping = any(everyone(lambda: stop.requested))
         while state.step < last and not stopping:
             began = time.perf_counter()
@@ -123,11 +130,12 @@ def not_finite(step: int, loss: float, norm: float) -> str:
     )
 
 
-def opening(config: RunConfig, mesh: Mesh, state: RunState, last: int) -> str:
-    """One line on what is about to run."""
+def opening(config: RunConfig, mesh: Mesh, state: RunState, last: int, origin: Path | None) -> str:
+    """One line on what is about to run. origin: where its first weights come from, if not from the seed."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in LM(config.model).parameters())
-    begin = f"resuming after step {state.step}" if state.step else "starting"
+    fresh = "starting" if origin is None else f"starting from the weights of {origin}"
+    begin = f"resuming after step {state.step}" if state.step else fresh
     return f"{begin}: {parameters / 1e6:.1f}M parameters, {mesh.config}, to step {last}, in {config.run.dir}"
 
 

@@ -20,6 +20,7 @@ from trainer.checkpoint import FOLDER
 from trainer.config import RunConfig
 from trainer.data.check import open_data
 from trainer.evaluate import held_out
+from trainer.initial import refuse_initial
 from trainer.loop import refuse_vocabulary
 from trainer.runfolder import CONFIG
 
@@ -79,6 +80,7 @@ def refuse_data(config: RunConfig) -> None:
     if tokenizer is not None and not Path(tokenizer).exists():
         raise at("data.tokenizer", f"{tokenizer} does not exist; give the tokenizer.model that weft prepare wrote")
     refuse_vocabulary(config)
+    refuse_initial(config)
 
 
 def refuse_missing(key: str, name: str, prefix: str) -> None:

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from configs.errors import shown
-from models.compare import Difference, differences
+from models.compare import Difference, differences, said
 from models.config import LayerConfig, LMConfig
 from models.hf.links import Link
 from models.plugin import Plugin
@@ -62,7 +61,7 @@ class Architecture(Plugin, slot="architecture", folder="models.hf.native"):
             return f"{cls.kind} cannot hold it: {error}"
         if found:
             key, ours, theirs = found[0]
-            return f"{key} is {plain(ours)}, and {cls.kind} has {plain(theirs)}"
+            return f"{key} is {said(ours)}, and {cls.kind} has {said(theirs)}"
         return cls.limit(config)
 
     @classmethod
@@ -78,10 +77,6 @@ class Architecture(Plugin, slot="architecture", folder="models.hf.native"):
         if not config.tie_embeddings:
             links.append(Link(("head.weight",), ("lm_head.weight",)))
         return links
-
-
-def plain(value: Any) -> str:
-    return value if isinstance(value, str) else shown(value)
 
 
 class Choice(NamedTuple):

@@ -23,7 +23,7 @@ from models.config import LMConfig
 from models.hf import reload
 from models.hf.card import model_card
 from models.hf.formats import Format, chooser
-from models.hf.tokenizer import SAMPLE, export_tokenizer
+from models.hf.tokenizer import GENERATION, SAMPLE, export_tokenizer
 from models.lm import LM
 
 WEFT = ("configs", "models", "parallel", "trainer", "launch")
@@ -107,7 +107,7 @@ def write(
     dtype = str(stored_dtype(model)).removeprefix("torch.")
     settings = {"torch_dtype": dtype, "max_position_embeddings": options.max_length, **special}
     write_json(folder / "config.json", form.config(config, settings))
-    write_json(folder / "generation_config.json", {**drop_none(special), **options.generation})
+    write_json(folder / GENERATION, {**drop_none(special), **tokenizer.generation, **options.generation})
     save_torch_state_dict(form.tensors(model), folder, max_shard_size=options.max_shard_size, metadata={"format": "pt"})
     for file in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", file)  # safetensors lets the owner alone read what it writes
@@ -164,7 +164,15 @@ def expected(written: Written) -> reload.Expected:
 
 
 def check(folder: Path, written: Written) -> None:
-    """Load `folder` in a fresh process that cannot import Weft; RuntimeError when it differs from what was written."""
+    """RuntimeError when the folder does not load as what was written."""
+    reason = difference(folder, written)
+    if reason is not None:
+        raise RuntimeError(f"the export does not reload as it should, so that nothing was written: {reason}")
+
+
+def difference(folder: Path, written: Written) -> str | None:
+    """Load `folder` in a fresh process that cannot import Weft; what differs from what is expected, if anything."""
+    folder = folder.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         facts = Path(scratch) / "check.safetensors"
         reload.save_check(facts, expected(written))
@@ -178,6 +186,6 @@ def check(folder: Path, written: Written) -> None:
             "TRANSFORMERS_VERBOSITY": "error",
         }
         result = subprocess.run(command, cwd=scratch, env={**os.environ, **settings}, capture_output=True, text=True)
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
-        raise RuntimeError(f"the export does not reload as it should, so that nothing was written: {reason}")
+    if not result.returncode:
+        return None
+    return (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]

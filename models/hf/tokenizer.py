@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -19,6 +21,7 @@ FILES = (
     "chat_template*",
     "*.model",
 )
+GENERATION = "generation_config.json"
 SPACE = "\u2581"
 UNREACHABLE = (
     -1000.0
@@ -26,12 +29,14 @@ UNREACHABLE = (
 
 
 class Exported(NamedTuple):
-    """What the rest of the export needs to know. sample_ids: what SAMPLE must become."""
+    """What the rest of the export needs to know. sample_ids: what SAMPLE must become. generation: what the folder says
+    about `generate`."""
 
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
     sample_ids: list[int] | None = None
+    generation: Mapping[str, Any] = MappingProxyType({})
 
 
 def export_tokenizer(source: str | None, folder: Path, vocab_size: int, max_length: int | None) -> Exported:
@@ -62,7 +67,19 @@ def copy_tokenizer(path: Path, folder: Path, vocab_size: int) -> Exported:
         for file in path.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     ids = tokenizer.encode(SAMPLE, add_special_tokens=False)
-    return Exported(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, ids)
+    generation: dict[str, Any] = {}
+    if (path / GENERATION).is_file():
+        shutil.copyfile(path / GENERATION, folder / GENERATION)
+        generation = json.loads((path / GENERATION).read_text(encoding="utf-8"))
+    said = {
+        key: value for key, value in generation.items() if key not in ("transformers_version", "_from_model_config")
+    }
+    return Exported(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, ids, said)
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a folder in Hugging Face's format has one."""
+    return any(file.is_file() for pattern in FILES for file in path.glob(pattern))
 
 
 def convert_sentencepiece(path: Path, folder: Path, vocab_size: int, max_length: int | None) -> Exported:

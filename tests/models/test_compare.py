@@ -35,7 +35,7 @@ def test_every_difference_once_and_by_its_key() -> None:
     assert differences(plain, tiny.build(residual="mudd")) == [("residual.kind", "plain", "mudd")]
     heads = tiny.build(mixer={"kind": "attention", "num_heads": 4, "num_kv_heads": 4, "head_dim": 4, "window": 9})
     assert differences(plain, heads) == [("layers.A.mixer.num_heads", 8, 4), ("layers.A.mixer.window", None, 9)]
-    assert differences(plain, tiny.build(num_layers=2)) == [("repeat", "4 (4 layers)", "2 layers")]
+    assert differences(plain, tiny.build(num_layers=2)) == [("pattern x repeat", "4 layers", "2 layers")]
     assert [found.key for found in differences(plain, tiny.build(vocab_size=64))] == ["vocab_size"]
     layer = LayerConfig(AttentionConfig(8, 4, 4), SwiGLUConfig(24), PreNorm(eps=1e-5))
     other = dataclasses.replace(plain, layers={"A": layer})
