@@ -52,7 +52,7 @@ def attention_of(fields: Mapping[str, Any], **settings: Any) -> AttentionConfig:
     return AttentionConfig(
         num_heads=fields["num_attention_heads"],
         num_kv_heads=fields["num_key_value_heads"],
-        head_dim=fields["head_dim"],
+        head_dim=fields.get("head_dim"),
         rope_theta=float(fields["rope_parameters"]["rope_theta"]),
         **settings,
     )

@@ -24,7 +24,8 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-3,
 }
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+WIDE: dict[str, Any] = {**SMALL, "head_dim": 6}
+MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 CASES: dict[str, Any] = {
     "llama": LlamaConfig(**SMALL, head_dim=6, rope_parameters={"rope_type": "default", "rope_theta": 500}),
     "llama tied": LlamaConfig(**SMALL, tie_word_embeddings=True, max_position_embeddings=64),
@@ -36,8 +37,9 @@ CASES: dict[str, Any] = {
     "qwen3 with windows": Qwen3Config(
         **SMALL, head_dim=6, use_sliding_window=True, sliding_window=4, max_window_layers=2
     ),
-    "qwen3_moe": Qwen3MoeConfig(**SMALL, **MOE, head_dim=6, norm_topk_prob=True),
-    "qwen3_moe in some layers": Qwen3MoeConfig(**SMALL, **MOE, head_dim=6, decoder_sparse_step=2),
+    "qwen3_moe": Qwen3MoeConfig(**WIDE, **MOE, norm_topk_prob=True),
+    "qwen3_moe without head_dim": Qwen3MoeConfig(**SMALL, **MOE),
+    "qwen3_moe in some layers": Qwen3MoeConfig(**WIDE, **MOE, decoder_sparse_step=2),
 }
 
 

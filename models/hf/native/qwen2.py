@@ -21,12 +21,8 @@ class Qwen2(Qwen3, kind="qwen2"):
 
     @classmethod
     def lm_config(cls, fields: Mapping[str, Any]) -> LMConfig:
-        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
         ffn = SwiGLUConfig(fields["intermediate_size"])
-        layers = [
-            LayerConfig(attention_of({**fields, "head_dim": head_dim}, qkv_bias=True, window=window), ffn)
-            for window in windows_of(fields)
-        ]
+        layers = [LayerConfig(attention_of(fields, qkv_bias=True, window=window), ffn) for window in windows_of(fields)]
         return model_of(fields, layers)
 
     @classmethod

@@ -11,7 +11,7 @@ from models.mixers.attention import AttentionConfig
 
 class Qwen3MoE(Qwen3, kind="qwen3_moe"):
     model_class = "Qwen3MoeForCausalLM"
-    harmless = frozenset({"decoder_sparse_step", "mlp_only_layers", "intermediate_size"})
+    harmless = frozenset({"decoder_sparse_step", "mlp_only_layers", "intermediate_size", "head_dim"})
 
     @classmethod
     def hf_config(cls, config: LMConfig) -> dict[str, Any]:
