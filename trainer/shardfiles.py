@@ -141,7 +141,9 @@ class ShardReader:
     def described(self, name: str) -> tuple[torch.dtype, torch.Size]:
         """Raises ValueError for a name that is not there."""
         if name not in self._index:
-            raise ValueError(f"{self._folder} has no {name}")
+            raise ValueError(
+                f"{self._folder} has no {name}; another model or optimiser saved it: use its config, or another run.dir"
+            )
         return getattr(torch, self._index[name]["dtype"]), torch.Size(self._index[name]["shape"])
 
     def stored(self, name: str) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return out
 
 
-ALL = "check, config, data, eval, export, generate, import, launch, plugins, prepare, train"
+ALL = "check, ckpt, config, data, eval, export, generate, import, launch, plugins, prepare, train"
 
 
 @pytest.mark.parametrize(
