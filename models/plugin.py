@@ -10,7 +10,7 @@ import difflib
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, cast
 
@@ -45,7 +45,12 @@ class Plugin:
 
     @classmethod
     def kinds(cls) -> dict[str, type[Self]]:
-        """Import every file of the slot's folder and return its kinds by name."""
+        """Import every file of the slot's folder and return its kinds by name.
+
+        An exported model's copy of this file has no folders to scan: what it carries has registered already.
+        """
+        if __package__ != "models":
+            return cast(dict[str, type[Self]], dict(sorted(cls.registry.items())))
         package = importlib.import_module(cls.folder)
         for root in filter(None, os.environ.get("WEFT_PLUGINS", "").split(os.pathsep)):
             extra = os.path.join(root, cls.folder.rpartition(".")[2])
@@ -55,6 +60,14 @@ class Plugin:
         for info in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{cls.folder}.{info.name}")
         return cast(dict[str, type[Self]], dict(sorted(cls.registry.items())))
+
+    @classmethod
+    def such_as(cls, fits: Callable[[type[Self]], bool]) -> str:
+        """ ", such as a, b or c": the kinds that fit, for the way out that a refusal names; "" when none does."""
+        fitting = [kind for kind, config in cls.kinds().items() if fits(config)]
+        if not fitting:
+            return ""
+        return ", such as " + " or ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]]))
 
     @classmethod
     def of_kind(cls, kind: str) -> type[Self]:

@@ -321,7 +321,9 @@ class NormConfig(Plugin, slot="norm", folder="models.norms"):
 
 
 class ShortcutConfig(Plugin, slot="shortcut", folder="models.shortcuts"):
-    """Learned extras on the identity path: [B, T, D] -> [B, T, D], token-wise."""
+    """Learned extras on the identity path: [B, T, D] -> [B, T, D], token-wise. active: they change the path."""
+
+    active: ClassVar[bool] = True
 
     def build(self, ctx: LayerContext) -> nn.Module:
         raise NotImplementedError

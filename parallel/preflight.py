@@ -1,11 +1,15 @@
 """Whether a model fits a mesh: every refusal before anything is allocated, in one sentence with the way out."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
+from configs.structure import instantiate
 from models.config import LMConfig
 from models.lm import LM
 from models.params import Parts, named_specs
+from models.slots import FFNConfig
 from parallel import pipeline
 from parallel.mesh import MeshConfig
 from parallel.shards import EXPERT_AXES, TENSOR_AXES, fits, refuse_uneven
@@ -22,8 +26,9 @@ def refuse(config: LMConfig, mesh: MeshConfig) -> None:
         refuse_unsplit(model)
     if mesh.cp > 1:
         refuse_heads(model, mesh)
-    if mesh.ep > 1 and not axes_of(model) & set(EXPERT_AXES):
-        raise ValueError(f"ep is {mesh.ep} and the model has no experts; use ep=1, or an ffn with experts such as moe")
+    if mesh.ep > 1 and not has_experts(model):
+        others = FFNConfig.such_as(lambda kind: has_experts(example(kind, config)))
+        raise ValueError(f"ep is {mesh.ep} and the model has no experts; use ep=1, or an ffn with experts{others}")
 
 
 def axes_of(module: nn.Module) -> set[str]:
@@ -31,6 +36,22 @@ def axes_of(module: nn.Module) -> set[str]:
     dims = [dim for _, _, _, spec in named_specs(module) for dim in spec.axes]
     axes = [axis for dim in dims for axis in (dim.axes if isinstance(dim, Parts) else (dim,))]
     return {axis.name for axis in axes if axis is not None}
+
+
+def has_experts(module: nn.Module) -> bool:
+    return not axes_of(module).isdisjoint(EXPERT_AXES)
+
+
+def example(kind: type[FFNConfig], config: LMConfig) -> nn.Module:
+    """The small instance that an FFN kind names, as the only layer of a model like `config`, on meta. Empty when it
+    refuses this width."""
+    try:
+        layer = dataclasses.replace(config.expanded[0], ffn=instantiate(kind, kind.example))
+        alone = dataclasses.replace(config, layers={"A": layer}, pattern="A", repeat=1)
+        with torch.device("meta"):
+            return layer.ffn.build(alone.context(0))
+    except ValueError:
+        return nn.Module()
 
 
 def refuse_unsplit(model: LM) -> None:

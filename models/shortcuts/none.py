@@ -11,5 +11,7 @@ from models.slots import LayerContext, ShortcutConfig
 class NoShortcut(ShortcutConfig, kind="none"):
     """Nothing is added to the identity path."""
 
+    active = False
+
     def build(self, ctx: LayerContext) -> nn.Module:
         return nn.Identity()

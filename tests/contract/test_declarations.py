@@ -1,7 +1,6 @@
 """A plug-in that does not do what it declares is stopped where it would otherwise be wrong in silence."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,21 +8,11 @@ from torch import Tensor
 
 from models.lm import LM
 from models.params import Linear, initialize
-from models.plugin import Plugin
 from models.slots import FFN, FFNConfig, LayerContext
 from models.state import Result, Side, State
 from parallel.mesh import MeshConfig
 from parallel.preflight import refuse
 from tests.contract.tiny import build
-
-
-@pytest.fixture
-def forget() -> Iterator[None]:
-    """Kinds that a test makes up are gone after it."""
-    known: dict[str, type[Plugin]] = dict(FFNConfig.registry)
-    yield
-    FFNConfig.registry.clear()
-    FFNConfig.registry.update(known)
 
 
 def ffn_with(loss: str | None, declared: bool) -> None:
