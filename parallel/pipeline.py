@@ -21,6 +21,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from models.config import LMConfig
+from models.kernels.contiguous import ContiguousGradient
 from models.lm import LM, Output
 from models.params import Axis
 from models.state import Entry, Layout, State
@@ -121,25 +122,14 @@ class Stage(nn.Module):
 
     def forward(self, *tensors: Tensor, **side: Tensor) -> Tensor | tuple[Tensor, ...]:
         names = [entry.name for entry in self.entries_in]
-        received = [_Received.apply(x) for x in tensors]
+        # Sending a gradient back demands that it is contiguous.
+        received = [ContiguousGradient.apply(x) for x in tensors]
         out = forward(self.model, side, dict(zip(names, received, strict=True)) if names else None)
         self.record.add(out)
         if out.state is None:
             assert out.loss is not None
             return owned((out.loss * self.scale).reshape(1))
         return tuple(owned(out.state[entry.name]) for entry in self.entries_out)
-
-
-class _Received(torch.autograd.Function):
-    """The identity; its gradient is contiguous, which sending it back demands."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad.contiguous()
 
 
 def owned(x: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 Shape suffixes: M rows, K and N inner and outer width, E groups.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.kernels.contiguous import ContiguousGradient
 
 ALIGNMENT = 16  # bytes: what F.grouped_mm asks of every row
 
@@ -23,22 +23,11 @@ def grouped_mm(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
     if a_MK.dtype == torch.float64 or not aligned:
         return grouped_mm_loop(a_MK, b_EKN, counts_E)
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    return _ContiguousGradient.apply(F.grouped_mm(a_MK.contiguous(), b_EKN, offs=ends_E))
+    # Its backward refuses gradients with strides of 0, such as those of a sum.
+    return ContiguousGradient.apply(F.grouped_mm(a_MK.contiguous(), b_EKN, offs=ends_E))
 
 
 def grouped_mm_loop(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
     """The reference: one matrix product per group. Reads the counts on the host, so it waits for the device."""
     groups = a_MK.split(counts_E.tolist())
     return torch.cat([rows @ b_KN for rows, b_KN in zip(groups, b_EKN.unbind(), strict=True)])
-
-
-class _ContiguousGradient(torch.autograd.Function):
-    """Identity. The backward of F.grouped_mm refuses gradients with strides of 0, such as those of a sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad.contiguous()

@@ -8,6 +8,7 @@ import torch
 from configs.structure import instantiate
 from models.config import LMConfig
 from models.lm import LM
+from models.params import initialize
 from models.plugin import Plugin
 from models.slots import (
     DepthConfig,
@@ -127,6 +128,17 @@ def draw(seed: int) -> LMConfig:
         except ValueError:
             continue
         return config
+
+
+def spread(config: LMConfig) -> LM:
+    """A float64 model whose outputs vary from token to token more than those of a fresh one."""
+    model = LM(config).double()
+    initialize(model, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model
 
 
 def describe(config: LMConfig) -> str:

@@ -18,7 +18,6 @@ from models.config import LMConfig
 from models.hf import formats
 from models.hf.export import ExportConfig, export, write
 from models.lm import LM
-from models.params import initialize
 from tests.contract import tiny
 from tests.hf import user
 from trainer.data.tokenizers.sentencepiece import SentencePiece, TokenizerConfig
@@ -29,14 +28,7 @@ SUM = 1e-12  # float64: two orders of summation; a wrong operation shows at 1e-3
 
 
 def spread(config: LMConfig) -> LM:
-    """A float64 model whose outputs vary from token to token more than those of a fresh one."""
-    model = LM(config).double().eval()
-    initialize(model, seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    return model
+    return tiny.spread(config).eval()
 
 
 def environment(scratch: Path) -> dict[str, str]:

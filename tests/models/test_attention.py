@@ -13,9 +13,9 @@ from models.mixers.attention import Attention, AttentionConfig
 from models.params import initialize
 from models.rope import angles, rotate_half, rotate_interleaved
 from models.slots import Cache, LayerContext
-from models.state import KEY_GATE, Side, Views
+from models.state import Side, Views
+from tests.models.mixers import WIDTH, run, side_of, stream
 
-WIDTH = 12
 CONFIGS = {
     "plain": AttentionConfig(num_heads=2),
     "grouped": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, rope="interleaved", rope_theta=100.0),
@@ -39,25 +39,6 @@ def build(config: AttentionConfig) -> Attention:
         for parameter in mixer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.6)
     return mixer.double()
-
-
-def stream(batch: int, length: int) -> Tensor:
-    return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def side_of(batch: int, length: int, start: int = 0, documents_BT: Tensor | None = None) -> Side:
-    positions_BT = torch.arange(start, start + length).expand(batch, length)
-    return Side(torch.zeros_like(positions_BT), positions_BT, documents_BT)
-
-
-def run(
-    mixer: Attention, x_BTD: Tensor, side: Side, cache: Cache | None = None, gate_BT: Tensor | None = None
-) -> tuple[Tensor, Cache | None]:
-    heads, kept, _ = mixer.project(Views.same(x_BTD), {}, side)
-    if gate_BT is not None:
-        heads[KEY_GATE] = gate_BT
-    out_BTHV, cache = mixer.core(heads, mixer.core_weights(), side, cache)
-    return mixer.merge(out_BTHV, kept), cache
 
 
 def turn(x_K: Tensor, position: int, config: AttentionConfig) -> Tensor:

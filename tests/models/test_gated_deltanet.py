@@ -12,9 +12,9 @@ from models.kernels.delta_rule.reference import recurrent
 from models.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig, unit
 from models.params import initialize, named_specs
 from models.slots import Cache, LayerContext
-from models.state import KEY_GATE, Side, Views
+from models.state import Views
+from tests.models.mixers import WIDTH, run, side_of, stream
 
-WIDTH = 12
 PLAIN = GatedDeltaNetConfig(num_heads=2, head_dim=4, expand_v=1.5)
 GROUPED = GatedDeltaNetConfig(
     num_heads=2, head_dim=4, num_value_heads=4, expand_v=1.0, conv_size=3, conv_bias=True, allow_neg_eigval=True
@@ -34,25 +34,6 @@ def build(config: GatedDeltaNetConfig, dtype: torch.dtype = torch.float64) -> Ga
             if name.endswith("weight"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return mixer.to(dtype)
-
-
-def stream(batch: int, length: int) -> Tensor:
-    return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def side_of(batch: int, length: int, start: int = 0, documents_BT: Tensor | None = None) -> Side:
-    positions_BT = torch.arange(start, start + length).expand(batch, length)
-    return Side(torch.zeros_like(positions_BT), positions_BT, documents_BT)
-
-
-def run(
-    mixer: GatedDeltaNet, x_BTD: Tensor, side: Side, cache: Cache | None = None, gate_BT: Tensor | None = None
-) -> tuple[Tensor, Cache | None]:
-    heads, kept, _ = mixer.project(Views.same(x_BTD), {}, side)
-    if gate_BT is not None:
-        heads[KEY_GATE] = gate_BT
-    out_BTHV, cache = mixer.core(heads, mixer.core_weights(), side, cache)
-    return mixer.merge(out_BTHV, kept), cache
 
 
 @every_config

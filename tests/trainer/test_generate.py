@@ -13,21 +13,11 @@ from models.decoding import check_generates, refusals
 from models.ffn.swiglu import SwiGLUConfig
 from models.lm import LM
 from models.mixers.attention import AttentionConfig
-from models.params import initialize
 from tests.contract import tiny
+from tests.contract.tiny import spread
 from trainer.generate import choose, generate, row_generator
 
 PROMPTS = [[3, 7, 1, 9, 4], [5, 2], [8, 8, 6, 1]]
-
-
-def spread(config) -> LM:
-    model = LM(config).double()
-    initialize(model, seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    return model
 
 
 @torch.no_grad()

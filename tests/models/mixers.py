@@ -1,0 +1,31 @@
+"""A mixer alone: its inputs, and a call of its three parts as the layer makes them.
+
+Shape suffixes: B batch, T sequence, D model width, H heads, V value width of a head.
+"""
+
+import torch
+from torch import Tensor
+
+from models.slots import Cache, Mixer
+from models.state import KEY_GATE, Side, Views
+
+WIDTH = 12
+
+
+def stream(batch: int, length: int) -> Tensor:
+    return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def side_of(batch: int, length: int, start: int = 0, documents_BT: Tensor | None = None) -> Side:
+    positions_BT = torch.arange(start, start + length).expand(batch, length)
+    return Side(torch.zeros_like(positions_BT), positions_BT, documents_BT)
+
+
+def run(
+    mixer: Mixer, x_BTD: Tensor, side: Side, cache: Cache | None = None, gate_BT: Tensor | None = None
+) -> tuple[Tensor, Cache | None]:
+    heads, kept, _ = mixer.project(Views.same(x_BTD), {}, side)
+    if gate_BT is not None:
+        heads[KEY_GATE] = gate_BT
+    out_BTHV, cache = mixer.core(heads, mixer.core_weights(), side, cache)
+    return mixer.merge(out_BTHV, kept), cache
