@@ -25,6 +25,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousPara
 from launch.command import UnfinishedError
 from launch.group import Group
 from launch.local import environment
+from trainer.signals import Stop
 
 # What the processes of a run take as "save and end". Ctrl-C and the end of a terminal session come to the agent alone.
 ASKS = {
@@ -112,13 +113,16 @@ class SavingAgent(LocalElasticAgent):
         return 130 if self._asked == signal.SIGINT else int(bool(self._pids))
 
 
-def train(group: Group, arguments: Sequence[str]) -> int:
-    """Run Python as the processes of `group`, which save when they are told to stop; returns the exit code."""
+def train(group: Group, arguments: Sequence[str], stop: Stop) -> int:
+    """Run Python as the processes of `group`, which save when they are told to stop; returns the exit code.
+
+    stop: took the signals until now.
+    """
     prepare(group)
     agent = SavingAgent(spec(group, arguments), group.shutdown_timeout)
     try:
         agent.listen()
-        return outcome(agent)
+        return 0 if stop.requested else outcome(agent)
     except SignalException:
         return agent.verdict()
 

@@ -55,9 +55,7 @@ def start(args: argparse.Namespace, config: "RunConfig", group: "Group", stop: S
     if "WORLD_SIZE" not in os.environ and not group.alone:
         from launch import agent
 
-        if stop.requested:
-            return 0
-        return agent.train(group, ["-m", "launch.cli", "train", args.config, *args.overrides, *options(args)])
+        return agent.train(group, ["-m", "launch.cli", "train", args.config, *args.overrides, *options(args)], stop)
     with joined(config.mesh) as mesh:
         train(config, mesh, launch, stop=stop)
     return 0

@@ -19,9 +19,10 @@ from launch.local import ROOT, environment
 
 AGENT = """
 import sys
-from launch.agent import {function}
+from launch.agent import train, work
 from launch.group import Group
-sys.exit({function}(Group(2, max_restarts={restarts}, shutdown_timeout={timeout}), sys.argv[1:]))
+from trainer.signals import Stop
+sys.exit({function}(Group(2, max_restarts={restarts}, shutdown_timeout={timeout}), sys.argv[1:]{more}))
 """
 # Ready for signals only after a while, as a process is that imports torch; then takes its time to save.
 WORKER = """
@@ -53,7 +54,8 @@ def appears(file: Path, within: float = 60) -> None:
 def started(
     folder: Path, script: str, *arguments: object, function: str = "train", timeout: float = 60, restarts: int = 0
 ) -> Iterator[subprocess.Popen[str]]:
-    code = AGENT.format(function=function, timeout=timeout, restarts=restarts)
+    more = ", Stop()" if function == "train" else ""
+    code = AGENT.format(function=function, timeout=timeout, restarts=restarts, more=more)
     worker = folder / "worker.py"
     worker.write_text(script)
     process = subprocess.Popen(

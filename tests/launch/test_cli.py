@@ -277,7 +277,7 @@ def dataset(folder: Path, vocab_size: int = 60) -> list[str]:
 def test_several_ranks_are_started_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str) -> None:
     called: list[Any] = []
 
-    def start(group: Group, arguments: list[str]) -> int:
+    def start(group: Group, arguments: list[str], _: object) -> int:
         called.extend([group, arguments])
         return 7
 
