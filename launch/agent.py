@@ -25,6 +25,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousPara
 from launch.command import UnfinishedError
 from launch.group import Group
 from launch.local import environment
+from trainer.process import AGENT
 from trainer.signals import Stop
 
 # What the processes of a run take as "save and end". Ctrl-C and the end of a terminal session come to the agent alone.
@@ -139,7 +140,7 @@ def work(group: Group, arguments: Sequence[str]) -> int:
 
 def prepare(group: Group) -> None:
     """What the processes inherit, and no reports of torch's own: `outcome` says what happened."""
-    os.environ.update(environment(os.environ, group.nproc))
+    os.environ.update(environment(os.environ, group.nproc) | {AGENT: str(os.getpid())})
     log = logging.getLogger("torch.distributed.elastic")
     log.addHandler(logging.NullHandler())
     log.propagate = False

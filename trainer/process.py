@@ -1,7 +1,10 @@
 """A process of a run: joins the group that torchrun announces, builds the engine, and leaves the group at the end."""
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +13,23 @@ import torch.distributed as dist
 from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
 from trainer.config import RunConfig
+
+# The environment variable in which an agent leaves its process id.
+AGENT = "WEFT_AGENT"
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_agent() -> None:
+    """Have Linux send SIGTERM once the agent that started this process dies, so that it ends instead of going on alone.
+
+    Raises RuntimeError if that is already so.
+    """
+    agent = os.environ.get(AGENT)
+    if agent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(agent):
+        raise RuntimeError(f"the agent {agent} that started this process is gone")
 
 
 @contextlib.contextmanager
@@ -21,6 +41,7 @@ def joined(config: MeshConfig) -> Iterator[Mesh]:
     if "WORLD_SIZE" not in os.environ:
         yield Mesh(config, device)
         return
+    end_with_agent()
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield Mesh(config, device)

@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from launch.local import ROOT, environment
+from trainer import process as trainer_process
 
 AGENT = """
 import sys
@@ -146,6 +148,24 @@ def test_a_save_may_take_longer_than_torchrun_grants(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert ended(process, 120) == (0, "")
     assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
+
+
+def test_processes_end_with_their_agent(tmp_path: Path) -> None:
+    script = WORKER.replace("time.sleep(slow_start)", "from trainer.process import end_with_agent; end_with_agent()")
+    with started(tmp_path, script, 0, 0) as process:
+        for rank in (0, 1):
+            appears(tmp_path / f"ready-{rank}")
+        process.kill()
+        for rank in (0, 1):
+            appears(tmp_path / f"saved-{rank}")
+
+
+def test_a_process_whose_agent_is_gone_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not for this process, which has no agent.
+    monkeypatch.setattr("ctypes.CDLL", mock.Mock())
+    monkeypatch.setenv(trainer_process.AGENT, str(os.getpid()))
+    with pytest.raises(RuntimeError, match="is gone"):
+        trainer_process.end_with_agent()
 
 
 FAILS = """
