@@ -1,12 +1,15 @@
 """`python -m launch.demo`: everything once, on two processes, from this machine's text to a model that writes Python.
 
-It learns the source of Python's own standard library, which every machine with Python has.
+It learns the source of Python's own standard library, which every machine with Python has, and is compared with how well
+xz packs the files that were held out.
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +21,7 @@ from typing import Any, ClassVar
 import yaml
 
 from configs.load import merge
+from launch import report
 from launch.local import ROOT, environment
 
 BASE = ROOT / "configs" / "demo.yaml"
@@ -36,7 +40,7 @@ class Size:
 class Quick(Size):
     """Enough to see that it works, in less than a minute."""
 
-    text_bytes, vocab_size, valid_bytes, steps = 400_000, 512, 20_000, 12
+    text_bytes, vocab_size, valid_bytes, steps = 400_000, 512, 20_000, 100
     changes: ClassVar[dict[str, Any]] = {
         "model": {
             "vocab_size": 512,
@@ -47,7 +51,7 @@ class Quick(Size):
             },
         },
         "data": {"sequence_length": 64},
-        "train": {"global_batch": 8, "micro_batch": 4, "eval_every": 6},
+        "train": {"global_batch": 8, "micro_batch": 4, "eval_every": 25},
         "schedule": {"warmup_steps": 2},
     }
 
@@ -65,15 +69,43 @@ def library(limit: int) -> list[str]:
     return files
 
 
-def weft(*arguments: str) -> None:
-    """Run a command of `weft` as a user would; its output goes where ours goes."""
-    shown = "weft " + shlex.join(arguments)
-    print(f"$ {shown if len(shown) < 200 else shown[:200] + ' ...'}", flush=True)
+def started(arguments: Sequence[str], **how: Any) -> "subprocess.Popen[str]":
+    """A command of `weft`, as a user would start it; its output goes where ours goes."""
+    print(f"$ {shown(arguments)}", flush=True)
     settings = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-m", "launch.cli", *arguments]
-    result = subprocess.run(command, env={**environment(os.environ), **settings})
-    if result.returncode:
-        raise RuntimeError(f"`{shown[:60]}` ended with exit code {result.returncode}; its own message is above")
+    return subprocess.Popen(command, env={**environment(os.environ), **settings}, text=True, **how)
+
+
+def shown(arguments: Sequence[str]) -> str:
+    text = "weft " + shlex.join(arguments)
+    return text if len(text) < 200 else text[:200] + " ..."
+
+
+def weft(*arguments: str, **how: Any) -> str:
+    """Run a command of `weft` to its end; returns its output where `how` captures it."""
+    with started(arguments, **how) as process:
+        out, _ = process.communicate()
+    refuse_failure(process, arguments)
+    return out
+
+
+def refuse_failure(process: "subprocess.Popen[str]", arguments: Sequence[str]) -> None:
+    if process.returncode:
+        code = process.returncode
+        raise RuntimeError(f"`{shown(arguments)[:60]}` ended with exit code {code}; its own message is above")
+
+
+def train_until(step: int, config: Path, run: Path) -> None:
+    """Train, and send SIGTERM once `step` is done, as a cluster does that wants its machines back."""
+    arguments = ("train", str(config))
+    with started(arguments) as process:
+        while process.poll() is None and report.last_step(run) < step:
+            time.sleep(0.2)
+        if process.poll() is None:
+            print(f"$ kill -TERM {process.pid}", flush=True)
+            process.send_signal(signal.SIGTERM)
+    refuse_failure(process, arguments)
 
 
 def write_config(file: Path, run: Path, data: Path, size: type[Size]) -> None:
@@ -105,13 +137,17 @@ def demo(folder: Path, size: type[Size]) -> None:
         numbers = [f"--vocab-size={size.vocab_size}", f"--valid-bytes={size.valid_bytes}"]
         weft("prepare", *numbers, str(data), *library(size.text_bytes))
 
-    title("Training on two processes, which share the parameters; stopped half-way", began)
-    weft("train", str(config), f"--stop-after={size.steps // 2}")
+    title("Training on two processes, which share the parameters; half-way they are told to stop, and save", began)
+    if report.last_step(run) < size.steps // 2:
+        train_until(size.steps // 2, config, run)
     title("The same command again resumes it, bit for bit", began)
     weft("train", str(config))
 
     title("Evaluation on files that were held out", began)
-    weft("eval", str(run))
+    evaluation = json.loads(weft("eval", str(run), "--json", stdout=subprocess.PIPE))
+    text = report.held_out(data / "valid", data / "tokenizer.model")
+    print(report.comparison(evaluation["bits_per_byte"], text))
+    report.curve(run, run / "loss.png")
     title("Export; a fresh process without Weft loads it through transformers, and its logits are compared", began)
     shutil.rmtree(exported, ignore_errors=True)
     weft("export", str(run), str(exported))
@@ -122,7 +158,8 @@ def demo(folder: Path, size: type[Size]) -> None:
     for path, what in (
         (data, "tokens, tokenizer and manifest"),
         (config, "the run's config, on top of configs/demo.yaml"),
-        (run, "checkpoints, resolved config, metrics.jsonl; tensorboard --logdir for curves"),
+        (run, "checkpoints, resolved config, metrics.jsonl"),
+        (run / "loss.png", "the loss; all curves: tensorboard --logdir " + shlex.quote(str(run / "tensorboard"))),
         (exported, "for transformers: AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"),
     ):
         print(f"  {path}: {what}")
