@@ -1,7 +1,7 @@
 """`python -m launch.demo`: everything once, on two processes, from this machine's text to a model that writes Python.
 
-It learns the source of Python's own standard library, which every machine with Python has, and is compared with how well
-xz packs the files that were held out.
+It learns the source of Python's own standard library, which every machine with Python has, and is compared with xz on
+files that were held out.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """What a run came to: its loss as a picture, and its bits per byte beside those of xz on the same bytes."""
 
+import json
 import lzma
 from pathlib import Path
 
@@ -9,12 +10,10 @@ from trainer import metrics
 
 
 def last_step(run: Path) -> int:
-    """The last step that the run has written down, 0 before the first."""
-    try:
-        return max((int(record["step"]) for record in metrics.read(run)), default=0)
-    except (FileNotFoundError, ValueError):
-        # Not there yet, or its last line is being written.
-        return 0
+    """The last step that the run has written down, 0 before the first; its last line may be half written."""
+    file = run / metrics.METRICS
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def held_out(prefix: Path, tokenizer: Path) -> list[bytes]:
@@ -53,10 +52,9 @@ def curve(run: Path, file: Path) -> None:
 
     records = metrics.read(run)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, style in (("train/loss", {"linewidth": 0.8}), ("valid/loss", {"marker": "o"})):
-        points = [(record["step"], record[name]) for record in records if name in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, **style)
+    for name, style in (("train/loss", "-"), ("valid/loss", "o-")):
+        points = [record for record in records if name in record]
+        axes.plot([point["step"] for point in points], [point[name] for point in points], style, label=name)
     axes.set(xlabel="step", ylabel="nats per token", title=str(run))
     axes.grid(alpha=0.3)
     axes.legend()
