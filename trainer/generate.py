@@ -5,6 +5,7 @@ Shape suffixes: B prompts, T tokens of the longest prompt, V vocabulary.
 
 import hashlib
 import math
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,39 +15,90 @@ from models.lm import LM
 from models.params import upcast
 
 
+class Decoder(Protocol):
+    """A model that continues rows of tokens: an `OwnDecoder`, or an `Exported` model."""
+
+    def start(self, prompts: list[list[int]]) -> Tensor:
+        """Begin with these rows, none of them empty; returns the logits [B, V] behind each one's last token."""
+        ...
+
+    def advance(self, token_B: Tensor) -> Tensor:
+        """Add a token to each row; returns the logits [B, V] behind it."""
+        ...
+
+
+class OwnDecoder:
+    """Raises ValueError when the model is not whole, or a plug-in of it cannot generate."""
+
+    def __init__(self, model: LM) -> None:
+        check_generates(model.config)
+        if model.embed is None or model.head is None:
+            raise ValueError(
+                "the model is one stage of a pipeline, and generation needs all of it; load it on one process"
+            )
+        self._model, self._device = model, next(model.parameters()).device
+        self._cache: dict[str, Any] | None = None
+
+    def start(self, prompts: list[list[int]]) -> Tensor:
+        """Shorter prompts are padded behind their tokens."""
+        lengths = [len(prompt) for prompt in prompts]
+        length_B = self._position_B = torch.tensor(lengths, device=self._device)
+        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+        index_BT = torch.arange(max(lengths), device=self._device).expand(len(prompts), -1)
+        out = self._model(
+            torch.tensor(padded, device=self._device),
+            documents_BT=torch.where(index_BT < length_B[:, None], 0, -1) if len(set(lengths)) > 1 else None,
+            positions_BT=index_BT,
+            cache={},
+            keep_BK=length_B[:, None] - 1,
+        )
+        self._cache = out.cache
+        return out.logits[:, 0]
+
+    def advance(self, token_B: Tensor) -> Tensor:
+        out = self._model(token_B[:, None], positions_BT=self._position_B[:, None], cache=self._cache)
+        self._cache, self._position_B = out.cache, self._position_B + 1
+        return out.logits[:, -1]
+
+
 @torch.no_grad()
-def generate(
-    model: LM,
+def generate(model: LM, prompts: list[list[int]], max_new_tokens: int, **settings: Any) -> list[list[int]]:
+    """`decode` with a model of ours; the settings are those."""
+    decoder, was_training = OwnDecoder(model), model.training
+    model.eval()
+    try:
+        return decode(decoder, prompts, max_new_tokens, **settings)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def decode(
+    decoder: Decoder,
     prompts: list[list[int]],
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    first: int = 0,
     eos_id: int | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, up to and without `eos_id`.
 
     temperature: 0 takes the likeliest token. top_p: sample among the likeliest tokens that together have this
-    probability (Holtzman et al., arXiv 1904.09751). What a prompt gets depends on `seed` and its place in the list, not
-    on the other prompts. Raises ValueError for what `check_sampling` refuses, when a plug-in of the model cannot
-    generate, or a prompt is empty.
+    probability (Holtzman et al., arXiv 1904.09751). What a prompt gets depends on `seed` and its place, which counts
+    from `first`, not on the other prompts. Raises ValueError for what `check_sampling` refuses, or an empty prompt.
     """
     check_sampling(max_new_tokens, temperature, top_p)
-    check_generates(model.config)
-    if model.embed is None or model.head is None:
-        raise ValueError("the model is one stage of a pipeline, and generation needs all of it; load it on one process")
     if empty := [index for index, prompt in enumerate(prompts) if not prompt]:
-        raise ValueError(f"prompt {empty[0]} is empty; begin it with the token that ends a document")
-    generators = [row_generator(seed, index) for index in range(len(prompts))]
+        raise ValueError(f"prompt {first + empty[0]} is empty; begin it with the token that ends a document")
+    generators = [row_generator(seed, first + index) for index in range(len(prompts))]
     new: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
-    was_training = model.training
-    model.eval()
-    logits_BV, cache = prefill(model, prompts) if prompts else (None, None)
-    position_B = torch.tensor([len(prompt) for prompt in prompts], device=next(model.parameters()).device)
+    logits_BV = decoder.start(prompts) if prompts else None
     while not all(done):
-        assert logits_BV is not None and cache is not None
+        assert logits_BV is not None
         token_B = choose(logits_BV, temperature, top_p, generators)
         for row, token in enumerate(token_B.tolist()):
             done[row] = done[row] or token == eos_id
@@ -54,9 +106,7 @@ def generate(
                 new[row].append(token)
                 done[row] = len(new[row]) == max_new_tokens
         if not all(done):
-            out = model(token_B[:, None], positions_BT=position_B[:, None], cache=cache)
-            logits_BV, cache, position_B = out.logits[:, -1], out.cache, position_B + 1
-    model.train(was_training)
+            logits_BV = decoder.advance(token_B)
     return new
 
 
@@ -77,23 +127,6 @@ def row_generator(seed: int, index: int) -> torch.Generator:
     """On the CPU, so that every device draws the same."""
     digest = hashlib.blake2b(f"generate/{seed}/{index}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-
-
-def prefill(model: LM, prompts: list[list[int]]) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
-    """Logits [B, V] behind each prompt's last token, and the caches. Shorter prompts are padded behind their tokens."""
-    device = next(model.parameters()).device
-    length_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = max(len(prompt) for prompt in prompts)
-    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-    index_BT = torch.arange(longest, device=device).expand(len(prompts), -1)
-    out = model(
-        torch.tensor(padded, device=device),
-        documents_BT=torch.where(index_BT < length_B[:, None], 0, -1) if len(set(length_B.tolist())) > 1 else None,
-        positions_BT=index_BT,
-        cache={},
-        keep_BK=length_B[:, None] - 1,
-    )
-    return out.logits[:, 0], out.cache
 
 
 def choose(logits_BV: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:

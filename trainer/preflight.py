@@ -10,6 +10,7 @@ from configs.errors import ConfigError, at, did_you_mean
 from configs.load import load
 from configs.validate import parse
 from models.config import LMConfig
+from models.hf.folder import is_exported
 from models.layer import Layer
 from models.lm import LM
 from parallel import pipeline
@@ -19,7 +20,10 @@ from trainer import checkpoint
 from trainer.checkpoint import FOLDER
 from trainer.config import RunConfig
 from trainer.data.check import open_data
-from trainer.evaluate import held_out
+from trainer.data.fitting import fitting_tokenizer
+from trainer.data.format import suffixes
+from trainer.data.sources import find_files
+from trainer.evaluation import Request, refuse_mesh
 from trainer.initial import refuse_initial
 from trainer.loop import refuse_vocabulary
 from trainer.runfolder import CONFIG
@@ -94,14 +98,20 @@ def refuse_missing(key: str, name: str, prefix: str) -> None:
         raise at(key, f"{prefix}{suffix} does not exist; make it with weft prepare {Path(prefix).parent} SOURCE ...")
 
 
-def refuse_evaluation(folder: Path, data: str | None, mesh: MeshConfig) -> None:
-    """Raise ValueError where a run cannot be evaluated on `mesh`, without reading its weights.
-
-    folder: of the run, or of one of its checkpoints.
-    """
-    folder = folder.parent.parent if checkpoint.NAME.fullmatch(folder.name) else folder
+def refuse_evaluation(request: Request, mesh: MeshConfig) -> None:
+    """Raise ValueError where a run cannot be evaluated on `mesh`, without reading its weights."""
+    if is_exported(request.model):
+        refuse_mesh(request.model, str(mesh))
+    # A checkpoint's folder stands in that of its run.
+    inside = checkpoint.NAME.fullmatch(request.model.name)
+    folder = request.model.parent.parent if inside else request.model
     if not checkpoint.steps(folder / FOLDER):
         raise ValueError(f"{folder} has no checkpoint; give the folder of a run that has saved one")
     config: RunConfig = parse(RunConfig, load(folder / CONFIG))
     refuse(config.model, mesh)
-    refuse_missing("data.valid" if data is None else "--data", "valid", held_out(config, data))
+    request.sizes(config.data.sequence_length)
+    if request.texts:
+        fitting_tokenizer(request.tokenizer or config.data.tokenizer, str(request.model), config.model.vocab_size)
+        find_files(request.texts, suffixes())
+    else:
+        refuse_missing("data.valid" if request.data is None else "--data", "valid", request.prefix(config))

@@ -12,7 +12,7 @@ from configs.structure import to_plain
 from models.config import LMConfig
 from models.decoding import refusals
 from models.hf.architecture import Architecture, choose
-from models.hf.sources import collect
+from models.hf.sources import Sources, collect
 from models.lm import LM
 from models.plugin import plugins_in
 
@@ -46,6 +46,11 @@ class Format:
     def write_sources(self, config: LMConfig, folder: Path) -> frozenset[str]:
         """Write the code; returns the packages that it can do without."""
         return frozenset()
+
+
+def sources_of(config: LMConfig) -> Sources:
+    """The code of a self-contained folder."""
+    return collect(ROOTS, {type(plugin).__module__ for plugin in plugins_in(config)})
 
 
 class SelfContained(Format):
@@ -86,7 +91,7 @@ class SelfContained(Format):
         return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
 
     def write_sources(self, config: LMConfig, folder: Path) -> frozenset[str]:
-        sources = collect(ROOTS, {type(plugin).__module__ for plugin in plugins_in(config)})
+        sources = sources_of(config)
         for name, text in sources.files.items():
             (folder / name).write_text(text, encoding="utf-8")
         return sources.optional

@@ -126,7 +126,9 @@ def test_eval_refuses_before_any_process_starts(
     assert said("--mesh", "fsdp=2").startswith("data.valid: data/debug/valid.bin does not exist; ")
     assert said("--mesh", "fsdp=2", "--data", "nope/x").startswith("--data: nope/x.bin does not exist; ")
     saved_run(Path(run), "data.valid=null")
-    assert said("--mesh", "fsdp=2") == "the run has no data.valid; name the data with --data PREFIX"
+    assert said("--mesh", "fsdp=2") == (
+        "the run has no data.valid; name text files to evaluate on, or data with --data PREFIX"
+    )
 
 
 def saved_run(folder: Path, *overrides: str) -> None:

@@ -12,10 +12,11 @@ from models.lm import LM
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool, RankError
 from tests.trainer import runs
-from trainer import checkpoint, evaluate, train
+from trainer import checkpoint, evaluate, evaluation, train
 from trainer.config import ScheduleConfig
 from trainer.data.sequences import Sequences
-from trainer.evaluate import Evaluation, evaluate_run
+from trainer.evaluate import Evaluation
+from trainer.evaluation import Request
 from trainer.loop import Launch
 from trainer.process import build_engine
 from trainer.schedule import factor
@@ -210,15 +211,12 @@ def evaluate_initial(config: runs.RunConfig) -> Evaluation:
     return evaluate.evaluate(engine, Sequences(config.data.valid, 24), config.train.micro_batch)
 
 
-def test_evaluating_a_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluating_a_run(data: Path, tmp_path: Path) -> None:
     config = runs.run_config(data, tmp_path / "run", eval_every=6, eval_batches=1000)
     runs.run(config)
-    result, path = evaluate_run(tmp_path / "run", None, None)
-    assert path.name == "step-00000006"
-    assert runs.records(config)[-1]["valid/loss"] == result.loss
-    assert evaluate.main([str(tmp_path / "run"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["loss"] == result.loss
-    assert evaluate.main([str(tmp_path / "nowhere")]) == 2
+    report = evaluation.run(Request(tmp_path / "run"))
+    assert Path(report.model).name == "step-00000006"
+    assert runs.records(config)[-1]["valid/loss"] == report.result.loss
 
 
 def test_schedule() -> None:

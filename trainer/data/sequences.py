@@ -1,8 +1,10 @@
-"""Token sequences from an indexed dataset.
+"""Token sequences from a stream of documents.
 
-The documents, each ended by an end-of-document token, are one stream. Sequence i has tokens [i*T, (i+1)*T) of it as
-targets and the token before each as input, so that every token is predicted exactly once, and a document's first token
-from the end of the document before it, which is why that end belongs to the document it opens.
+The documents, each ended by an end-of-document token, are one stream. Sequence i has tokens [i*S, i*S + T) of it as
+targets and the token before each as input, so that a document's first token is predicted from the end of the document
+before it, which is why that end belongs to the document it opens. With a stride S of T, every token is a target once.
+With a smaller one the sequences overlap, and all but the first have their last S tokens as targets: every token is
+still predicted once, from at least T - S tokens before it, or from all of its document.
 Shape suffixes: N sequences, T tokens of a sequence.
 """
 
@@ -14,32 +16,31 @@ from torch import Tensor
 
 from models.loss import IGNORE
 from parallel.engine import Batch
-from trainer.data.check import open_data, refuse_outside, vocabulary
+from trainer.data.stream import Stream
 
 
 class Sequences:
-    """The sequences of one .bin/.idx pair, by index.
+    """The sequences of a stream, or of a .bin/.idx pair by its prefix, by index. stride: default length.
 
     Raises ValueError when the files are missing, damaged, or hold no token.
     """
 
-    def __init__(self, prefix: str, length: int) -> None:
-        index, self._stream = open_data(prefix)
-        self.prefix, self.length, self.tokens = prefix, length, index.tokens
-        self._vocab_size = vocabulary(prefix)
-        ends = np.concatenate([[0], index.lengths.astype(np.int64).cumsum()])
-        # A document may be stored in several pieces, and may be empty.
-        self._starts = np.unique(ends[index.documents])
-        self._starts = self._starts[self._starts < self.tokens]
+    def __init__(self, data: Stream | str, length: int, stride: int | None = None) -> None:
+        self.stream = Stream.open(data) if isinstance(data, str) else data
+        self.length, self.stride, self.tokens = length, stride or length, len(self.stream)
 
     def __len__(self) -> int:
         """How many sequences there are; the last may be filled up with padding."""
-        return -(-self.tokens // self.length)
+        return 1 + max(0, -(-(self.tokens - self.length) // self.stride))
 
     @property
     def full(self) -> int:
         """How many of them have no padding."""
-        return self.tokens // self.length
+        return max(0, 1 + (self.tokens - self.length) // self.stride)
+
+    def predicted(self, count: int) -> int:
+        """How many tokens the first `count` sequences predict; those are the stream's first."""
+        return min(self.tokens, self.length + (count - 1) * self.stride) if count else 0
 
     def rows(self, indices: Sequence[int]) -> Batch:
         """Sequences by index, as a batch [N, T]; an index past the end gives a sequence of padding."""
@@ -51,20 +52,19 @@ class Sequences:
         targets = np.full(self.length, IGNORE, dtype=np.int64)
         documents = np.full(self.length, -1, dtype=np.int64)
         positions = np.zeros(self.length, dtype=np.int64)
-        start = index * self.length
+        start = index * self.stride
         stop = min(start + self.length, self.tokens)
-        count = max(0, stop - start)
-        if count:
-            targets[:count] = self._stream[start:stop]
-            if self._vocab_size is not None:
-                refuse_outside(self.prefix, targets[:count], start, self._vocab_size)
+        if index < len(self):
+            known, starts = self.stream.part(start, stop), self.stream.starts
+            count, before = len(known), self.length - self.stride if index else 0
+            targets[before:count] = known[before:]
             # Before the first token stands the last one, which also ends a document.
-            tokens[0] = self._stream[start - 1]
-            tokens[1:count] = targets[: count - 1]
+            tokens[0] = self.stream.tokens[start - 1]
+            tokens[1:count] = known[:-1]
             at = np.arange(start, stop)
-            document = np.searchsorted(self._starts, at, side="right") - 1
+            document = np.searchsorted(starts, at, side="right") - 1
             documents[:count] = document - document[0]
-            positions[:count] = at - np.maximum(self._starts[document], start)
+            positions[:count] = at - np.maximum(starts[document], start)
         return tuple(map(torch.from_numpy, (tokens, targets, documents, positions)))
 
 

@@ -86,7 +86,7 @@ class Writer:
         self._hashes = {ending: hashlib.sha256() for ending in self._streams}
         self._tokenizer = tokenizer
         self._limit = PIECE if tokenizer.seamless else sys.maxsize
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        self.dtype = token_dtype(tokenizer.vocab_size)
         self._pieces: list[str] = []
         self._last: list[bool] = []
         self._waiting = 0
@@ -115,7 +115,7 @@ class Writer:
         self._pieces, self._last, self._waiting = [], [], 0
 
     def _write(self, ids: list[int], ends: bool) -> None:
-        data = np.array([*ids, self._tokenizer.end_of_document] if ends else ids, dtype=self._dtype)
+        data = np.array([*ids, self._tokenizer.end_of_document] if ends else ids, dtype=self.dtype)
         self._put("bin", data.tobytes())
         self._length += data.size
         if ends:
