@@ -6,12 +6,14 @@ experts stay whole: per-layer units give wrong gradients there without an error 
 
 import warnings
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from models.lm import LM
 from models.params import Axis
 from parallel.mesh import Mesh
+from parallel.precision import master, policy
 from parallel.shards import EXPERT_AXES
 
 
@@ -21,26 +23,31 @@ def is_expert(module: nn.Module) -> bool:
     return any(isinstance(axis, Axis) and axis.name in EXPERT_AXES for spec in specs for axis in spec.axes)
 
 
-def parallelize(root: nn.Module, model: LM, mesh: Mesh) -> None:
-    """Shard `model`'s parameters; `root` is what is called: the model, or the stage around it."""
+def parallelize(root: nn.Module, model: LM, mesh: Mesh, dtype: torch.dtype) -> None:
+    """Shard `model`'s parameters; `root` is what is called: the model, or the stage around it.
+
+    dtype: of the computation, see `parallel.precision`.
+    """
     dense, experts = mesh.fsdp_mesh, mesh.expert_fsdp_mesh
     if dense is None or experts is None:
         return
     # State tensors are never modified in place, which is what this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     one_unit = mesh.config.splits_backward
+    # In one unit torch adds up the micro-batches' gradients itself, in the type of the gathered parameters.
+    mixed = policy(master(dtype) if one_unit else dtype)
     whole: set[nn.Parameter] = set()
     for module in [m for m in model.modules() if is_expert(m)]:
         if one_unit or experts.size(-1) == 1:
             whole |= set(module.parameters(recurse=False))
         else:
-            fully_shard(module, mesh=experts)
+            fully_shard(module, mesh=experts, mp_policy=mixed)
     if not one_unit:
         for module in shared(model):
-            fully_shard(module, mesh=dense, ignored_params=whole)
+            fully_shard(module, mesh=dense, ignored_params=whole, mp_policy=mixed)
         for layer in model.blocks:
-            fully_shard(layer, mesh=dense, ignored_params=whole)
-    fully_shard(root, mesh=dense, ignored_params=whole)
+            fully_shard(layer, mesh=dense, ignored_params=whole, mp_policy=mixed)
+    fully_shard(root, mesh=dense, ignored_params=whole, mp_policy=mixed)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -4,6 +4,7 @@ The order of application is the body of `Engine.__init__`; nothing else touches 
 Shape suffixes: N this data rank's sequences of a step, T sequence.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -20,6 +21,7 @@ from models.loss import IGNORE
 from parallel import context, data, expert, gradients, pipeline, tensor
 from parallel.gradients import Held
 from parallel.mesh import Mesh, Ranks
+from parallel.precision import ComputeCopies, master
 from parallel.preflight import refuse
 from parallel.shards import cut_parameters, fill, shards, whole, write
 
@@ -70,7 +72,10 @@ def pad(batch: Batch, multiple: int) -> Batch:
 
 
 class Engine:
-    """Raises ValueError, before anything is allocated, for a model that the mesh cannot hold."""
+    """dtype: of the computation; weights and gradients are kept in float32, or in float64 if it is that.
+
+    Raises ValueError, before anything is allocated, for a model that the mesh cannot hold.
+    """
 
     def __init__(self, config: LMConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch.float32) -> None:
         self.config, self.mesh, self.dtype = config, mesh, dtype
@@ -81,15 +86,16 @@ class Engine:
         self.models: list[LM] = [stage.model for stage in self.stages] or [whole_model]
         heads = tensor.over_heads(whole_model)
         for index, model in enumerate(self.models):
-            model.to(dtype)
+            model.to(master(dtype))
             cut_parameters(model, mesh)
             tensor.parallelize(model, mesh, heads)
             context.parallelize(model, mesh)
             expert.parallelize(model, mesh)
-            data.parallelize(self.stages[index] if self.stages else model, model, mesh)
+            data.parallelize(self.stages[index] if self.stages else model, model, mesh, dtype)
             model.to_empty(device=mesh.device)
             fill(model, mesh, seed)
             reset_buffers(model)
+        self.copies = [ComputeCopies(model, dtype, mesh.config.splits_backward) for model in self.models]
         self.shared = self._shared()
         self._schedules: dict[tuple[int, ...], object] = {}
 
@@ -127,11 +133,18 @@ class Engine:
         batch = pad(batch, self.mesh.sequence.size)
         tokens = int(self._sum_over_data((batch.targets != IGNORE).sum()))
         scale = 1.0 / max(tokens, 1)
-        record = (
-            self._pipelined(batch, micro_batches, scale) if self.stages else self._local(batch, micro_batches, scale)
-        )
+        run = self._pipelined if self.stages else self._local
+        with self._computing():
+            record = run(batch, micro_batches, scale)
         gradients.reduce(self.held(), self.mesh, self.shared)
         return self._output(record, tokens, vote)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for copies in self.copies:
+                stack.enter_context(copies.active())
+            yield
 
     def _sum_over_data(self, x: Tensor) -> Tensor:
         """Over data ranks only: tensor, context and pipeline ranks hold the same sequences."""
@@ -212,11 +225,12 @@ class Engine:
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """(cross-entropy sum, valid targets) of the batches of all data ranks; equal on all ranks."""
         batch = pad(batch, self.mesh.sequence.size)
-        if self.stages:
-            record = pipeline.relay(self.stages, self.mesh, batch.side(), self.dtype)
-        else:
-            record = pipeline.Record()
-            record.add(pipeline.forward(self.models[0], batch.side()))
+        with self._computing():
+            if self.stages:
+                record = pipeline.relay(self.stages, self.mesh, batch.side(), self.dtype)
+            else:
+                record = pipeline.Record()
+                record.add(pipeline.forward(self.models[0], batch.side()))
         for root in self.stages or self.models:
             data.reshard(root)
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)

@@ -216,9 +216,9 @@ def fsdp_per_layer_under_a_split_backward() -> Iterator[None]:
     """torch 2.13 gives wrong gradients, or none, without an error."""
     honest = data.parallelize
 
-    def broken(root: Any, model: Any, mesh: Any) -> None:
+    def broken(root: Any, model: Any, mesh: Any, dtype: Any) -> None:
         with mock.patch.object(MeshConfig, "splits_backward", property(lambda self: False)):
-            honest(root, model, mesh)
+            honest(root, model, mesh, dtype)
 
     with mock.patch.object(data, "parallelize", broken):
         yield
