@@ -19,6 +19,7 @@ from models.state import Result, Side
 LOSSES: dict[str, Any] = {"aux_coef": 0.3, "z_coef": 0.2}
 SIZES = {
     "plain": ((2, 5, 6), MoEConfig(5, 2, 7, **LOSSES)),
+    "gated shared expert": ((2, 3, 4), MoEConfig(4, 2, 5, shared_hidden=3, shared_gate=True, **LOSSES)),
     "shared expert": ((2, 3, 4), MoEConfig(4, 2, 5, shared_hidden=3, **LOSSES)),
     "one token": ((1, 1, 4), MoEConfig(3, 1, 3, normalize=False, **LOSSES)),
     "all experts": ((2, 3, 5), MoEConfig(3, 3, 4, scale=2.5, **LOSSES)),
@@ -82,7 +83,10 @@ def oracle(module: MoE, x_BTD: Tensor, valid: list[list[bool]]) -> tuple[Tensor,
             parts = [weight[f"experts.{name}"] for name in ("gate", "up", "down")]
             y = sum(scores[e] / total * config.scale * swiglu(x, *(part[e] for part in parts)) for e in best)
             if config.shared_hidden:
-                y = y + swiglu(x, *(weight[f"shared.{name}.weight"].T for name in ("gate", "up", "down")))
+                shared = swiglu(x, *(weight[f"shared.{name}.weight"].T for name in ("gate", "up", "down")))
+                if config.shared_gate:
+                    shared = shared / (1 + torch.exp(-(weight["shared_gate.weight"][0] * x).sum()))
+                y = y + shared
             out[b, t], probs[b, t], picks[b, t] = y, [s / sum(scores) for s in scores], best
             z = z + (torch.stack(exps).sum().log() ** 2 if valid[b][t] else 0)
     where = [(b, t) for b in rows for t in tokens if valid[b][t]]
@@ -249,6 +253,7 @@ def test_router_works_in_float32_in_a_bfloat16_model() -> None:
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": 1}, "set normalize: false"),
         ({"hidden": 0}, "hidden is 0"),
+        ({"shared_gate": True}, "shared_gate has no shared expert to act on"),
         ({"z_coef": -1.0}, "z_coef is -1.0"),
     ],
 )
