@@ -95,7 +95,16 @@ def fields_of(cls: Any, definitions: dict[str, Schema]) -> Schema:
 
 
 def field_words(cls: Any) -> dict[str, str]:
-    """What the docstring says of each field, as in "hidden: width of ...", and under "" what comes before them."""
+    """What the docstring says of each field, as in "hidden: width of ...", and under "" what comes before them.
+
+    What it does not say of an inherited field, the docstrings of the dataclasses above it say.
+    """
+    inherited = [field_words(base) for base in cls.__mro__[:0:-1] if dataclasses.is_dataclass(base)]
+    return {name: text for words in [*inherited, own_words(cls)] for name, text in words.items()}
+
+
+def own_words(cls: Any) -> dict[str, str]:
+    """The same from the docstring of `cls` alone."""
     text = inspect.cleandoc(cls.__doc__ or "")
     if text.startswith(f"{cls.__name__}("):
         return {"": ""}  # what dataclasses write where there is no docstring

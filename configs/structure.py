@@ -6,6 +6,7 @@ A slot is any class with `of_kind`; its data is a mapping whose `kind` picks the
 import dataclasses
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -13,6 +14,17 @@ T = TypeVar("T")
 
 def is_slot(annotation: Any) -> bool:
     return isinstance(annotation, type) and hasattr(annotation, "of_kind") and not hasattr(annotation, "kind")
+
+
+def slots_in(annotation: Any) -> Iterator[Any]:
+    """Every slot that a config of this type can hold, in the order of its fields."""
+    if is_slot(annotation):
+        yield annotation
+    elif dataclasses.is_dataclass(annotation):
+        for hint in typing.get_type_hints(annotation).values():
+            yield from slots_in(hint)
+    for argument in typing.get_args(annotation):
+        yield from slots_in(argument)
 
 
 def without_none(annotation: Any) -> Any:

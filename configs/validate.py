@@ -77,9 +77,6 @@ def validate_fields(cls: Any, data: dict[str, Any], path: str) -> dict[str, Any]
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
     name = getattr(cls, "kind", None) if hasattr(cls, "of_kind") else path
-    # Of a kind that does not exist nobody can say which keys it takes.
-    if "kind" in fields and "kind" in data:
-        validate(hints["kind"], data["kind"], join(path, "kind"))
     for key in data:
         if key not in fields:
             takes = f"{name or 'the config'} takes {', '.join(fields) or 'no keys'}"

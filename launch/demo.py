@@ -52,7 +52,7 @@ class Quick(Size):
         },
         "data": {"sequence_length": 64},
         "train": {"global_batch": 8, "micro_batch": 4, "eval_every": 25},
-        "schedule": {"warmup_steps": 2},
+        "schedule": {"warmup": 2},
     }
 
 

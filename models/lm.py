@@ -51,14 +51,16 @@ class LM(nn.Module):
         check(config)
         self.config = config
         d_model, depth = config.d_model, len(config.expanded)
-        self.embed: Vocabulary | None = Vocabulary(config.vocab_size, d_model)
+        self.embed: Vocabulary | None = Vocabulary(config.vocab_size, d_model, "embedding")
         self.embed_norm: nn.Module | None = config.norm.embedding(d_model)
         self.opener: Opener | None = config.residual.open(d_model)
         pool: dict[str, nn.Module] = {}
         self.layers = nn.ModuleDict({str(index): Layer(config, index, pool) for index in range(depth)})
         self.closer: Closer | None = config.residual.close(d_model, depth)
         self.norm: nn.Module | None = config.norm.final(d_model)
-        self.head: Vocabulary | None = self.embed if config.tie_embeddings else Vocabulary(config.vocab_size, d_model)
+        self.head: Vocabulary | None = self.embed
+        if not config.tie_embeddings:
+            self.head = Vocabulary(config.vocab_size, d_model, "head")
         self.shard: Callable[[Side], Side] = whole
         self.boundaries = self._boundaries()
         self.owners = owners(self)

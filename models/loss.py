@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
-from models.params import Axis, Normal, declare
+from models.params import Axis, Normal, Role, declare
 
 __all__ = ["IGNORE", "Vocabulary", "count_targets"]
 
@@ -31,9 +31,9 @@ class Vocabulary(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, vocab_size: int, d_model: int) -> None:
+    def __init__(self, vocab_size: int, d_model: int, role: Role) -> None:
         super().__init__()
-        declare(self, "weight", (vocab_size, d_model), Normal(0.02), (Axis("vocab", vocab_size), None))
+        declare(self, "weight", (vocab_size, d_model), Normal(0.02), (Axis("vocab", vocab_size), None), role=role)
         self.lookup = lookup
         self.cross_entropy = cross_entropy
 

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,17 +64,29 @@ class Parts:
     axes: tuple[Axis | None, ...]
 
 
+Role = Literal["embedding", "head", "router", "gate", "matrix", "vector"]
+
+
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
     """What is known about a parameter beyond its values.
 
     shape: the global shape. axes: one `Axis`, `Parts` or None per dimension. decay: weight decay applies.
+    role: what an optimiser may treat apart. embedding and head hold a row per token; router scores experts; gate makes
+    coefficients (of decays, connections, skips) rather than features; matrix maps features to features, a stack of them
+    per expert; vector is all else: norms, biases, scalars, convolution kernels.
     """
 
     shape: tuple[int, ...]
     axes: tuple[Axis | Parts | None, ...]
     init: Init
     decay: bool
+    role: Role = "matrix"
+
+
+def is_stack(axes: tuple[Axis | Parts | None, ...]) -> bool:
+    """Whether a parameter with these axes is one matrix per expert: [experts, inputs, outputs], acting as x @ w."""
+    return len(axes) == 3 and isinstance(axes[0], Axis) and axes[0].name == "experts"
 
 
 def declare(
@@ -84,9 +96,12 @@ def declare(
     init: Init,
     axes: tuple[Axis | Parts | None, ...] | None = None,
     decay: bool | None = None,
+    role: Role | None = None,
 ) -> None:
-    """Register parameter `name` on `module` with its spec. Matrices decay by default, vectors do not.
+    """Register parameter `name` on `module` with its spec.
 
+    Matrices decay by default, vectors do not. Unless it is given, the role is matrix for what decays and is a matrix or
+    a stack of them, and vector for the rest.
     Raises ValueError for a 0-d parameter, which FSDP2 cannot shard: use shape (1,), and for one of too many elements.
     """
     check_size(f"parameter {name!r} of shape", *shape)
@@ -97,7 +112,10 @@ def declare(
     axes = axes or (None,) * len(shape)
     assert len(axes) == len(shape), (name, shape, axes)
     specs: dict[str, ParamSpec] = module.__dict__.setdefault("param_specs", {})
-    specs[name] = ParamSpec(shape, axes, init, decay if decay is not None else len(shape) > 1)
+    decay = decay if decay is not None else len(shape) > 1
+    if role is None:
+        role = "matrix" if decay and (len(shape) == 2 or is_stack(axes)) else "vector"
+    specs[name] = ParamSpec(shape, axes, init, decay, role)
     module.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
 
@@ -141,9 +159,10 @@ class Linear(nn.Module):
         init: Init | None = None,
         bias: bool = False,
         bias_init: Init | None = None,
+        role: Role | None = None,
     ) -> None:
         super().__init__()
-        declare(self, "weight", (d_out, d_in), init or Normal(0.02), (axis, in_axis))
+        declare(self, "weight", (d_out, d_in), init or Normal(0.02), (axis, in_axis), role=role)
         self.bias = None
         if bias:
             del self.bias

@@ -1,7 +1,7 @@
 """`weft check`: one optimiser step of a config on a mesh of gloo processes, compared with one process.
 
 Compared, in float64: initial weights bit for bit, the loss, every parameter's gradient, the gradient norm, routing
-statistics, every parameter after an AdamW step and a clipped gradient, and that replicas stayed bitwise equal. The
+statistics, every parameter after an optimiser step from a clipped gradient, and that replicas stayed bitwise equal. The
 batch has uneven token counts, packed documents, padding and a length that does not divide; zero initialisations are
 shaken first.
 """
@@ -32,9 +32,19 @@ CLIP = 0.5
 MOST_RANKS = 64
 
 
+def adamw_step(engine: Engine) -> None:
+    """Update every parameter: one optimiser per mesh that they live on, since those cannot be mixed."""
+    groups: dict[object, list[Tensor]] = {}
+    for held in engine.held():
+        parameter = held.parameter
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    for group in groups.values():
+        torch.optim.AdamW(group, lr=0.01, foreach=False).step()
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The batch of a check. sequences: per data rank and micro-batch."""
+    """The batch of a check. sequences: per data rank and micro-batch. update: the optimiser's step."""
 
     seed: int = 0
     length: int = 19
@@ -42,6 +52,7 @@ class Settings:
     micro_batches: int | None = None
     packed: bool = True
     dtype: torch.dtype = torch.float64
+    update: Callable[[Engine], None] = adamw_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,15 +157,6 @@ def shaken(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     }
 
 
-def adamw(engine: Engine) -> list[torch.optim.AdamW]:
-    """One optimiser per mesh that parameters live on; they cannot be mixed."""
-    groups: dict[object, list[Tensor]] = {}
-    for held in engine.held():
-        parameter = held.parameter
-        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
-    return [torch.optim.AdamW(group, lr=0.01, foreach=False) for group in groups.values()]
-
-
 @dataclasses.dataclass
 class Step:
     """Everything a step leaves, whole tensors."""
@@ -168,17 +170,16 @@ class Step:
     statistics: dict[str, Tensor]
 
 
-def take_step(engine: Engine, batch: Batch, count: int, state: dict[str, Tensor] | None, seed: int) -> Step:
+def take_step(engine: Engine, batch: Batch, count: int, state: dict[str, Tensor] | None, settings: Settings) -> Step:
     """Initial weights, then (from `state`, or shaken) one step. `parameters` holds buffers too."""
     initial = engine.full_state()
-    state = state if state is not None else shaken(initial, seed)
+    state = state if state is not None else shaken(initial, settings.seed)
     engine.load_full_state(state)
     out = engine.step_gradients(batch, count)
     norm = engine.grad_norm()
     gradients = engine.whole_tensors(lambda held: held.parameter.grad)
     engine.clip(CLIP, norm)
-    for optimiser in adamw(engine):
-        optimiser.step()
+    settings.update(engine)
     engine.after_step(out.stats)
     statistics = {**out.stats, **out.losses}
     return Step(initial, state, float(out.loss), float(norm), gradients, engine.full_state(), statistics)
@@ -208,7 +209,7 @@ def run_rank(
     count = micro_batches(mesh_config, settings)
     batch = share(make_batch(config, mesh_config, settings), count, mesh.data_rank, mesh.data_size)
     engine = Engine(config, mesh, seed=settings.seed, dtype=settings.dtype)
-    step = take_step(engine, batch, count, reference.state, settings.seed)
+    step = take_step(engine, batch, count, reference.state, settings)
     floor = 1e-5 * max(float(g.abs().max()) for g in reference.gradients.values() if g.numel())
     return {
         "initial": [name for name, value in step.initial.items() if not torch.equal(value, reference.initial[name])],
@@ -259,7 +260,7 @@ def run(
     refuse_combination(config, mesh, settings)
     engine = Engine(config, Mesh.single(), seed=settings.seed, dtype=settings.dtype)
     count = micro_batches(mesh, settings)
-    reference = take_step(engine, make_batch(config, mesh, settings), count, None, settings.seed)
+    reference = take_step(engine, make_batch(config, mesh, settings), count, None, settings)
     if not math.isfinite(reference.loss) or not math.isfinite(reference.norm):
         raise ValueError(
             f"on one process the loss is {reference.loss} and the gradient norm {reference.norm}, so there is nothing "

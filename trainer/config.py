@@ -4,10 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from models.config import LMConfig
-from models.limits import above_zero, at_least, check_size
+from models.config import LMConfig, default
+from models.limits import at_least, check_size
 from models.rules import reasons
 from parallel.mesh import MeshConfig
+from trainer.optim.base import OptimConfig
+from trainer.schedule.base import ScheduleConfig, Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,8 @@ class TrainConfig:
     steps: optimiser steps. global_batch: sequences of a step. micro_batch: sequences of a data rank's forward pass.
     log_every, eval_every, save_every: in steps, 0 is never; a run also saves its last step. eval_batches: global
     batches of an evaluation. keep_checkpoints: how many of the newest stay. keep_every: those at multiples of so many
-    steps stay too, 0 is none. dtype: of the weights and the computation; bfloat16 is refused, since it needs
-    float32 master weights.
+    steps stay too, 0 is none. dtype: of the computation; bfloat16 keeps the weights, the sums of gradients and the
+    optimiser's state in float32.
     """
 
     steps: int
@@ -77,52 +79,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "global_batch", "micro_batch", "eval_batches", "keep_checkpoints")
         at_least(self, 0, "log_every", "eval_every", "save_every", "keep_every")
-        if self.dtype == "bfloat16":
-            raise ValueError(
-                "dtype is bfloat16, which needs float32 master weights that are not built yet; use float32"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamWConfig:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101).
-
-    lr: the highest of the schedule. weight_decay: of the parameters that declare to decay. clip: the largest norm of
-    the whole gradient, null for no limit.
-    """
-
-    lr: float
-    kind: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        at_least(self, 0, "lr", "weight_decay")
-        for beta in self.betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas is {list(self.betas)}; both must lie in [0, 1), such as [0.9, 0.95]")
-        above_zero(self, "eps", hint=", and 1e-8 is usual")
-        above_zero(self, "clip", hint=", or null for no clipping")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the steps.
-
-    kind: after the warm-up, along a half cosine or a line down to min_ratio of the optimiser's lr at the last step, or
-    constant. warmup_steps: a line up to the optimiser's lr.
-    """
-
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
-    min_ratio: float = 0.1
-
-    def __post_init__(self) -> None:
-        at_least(self, 0, "warmup_steps")
-        if not 0 <= self.min_ratio <= 1:
-            raise ValueError(f"min_ratio is {self.min_ratio}; it must lie in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +89,8 @@ class RunConfig:
     run: OutputConfig
     data: DataConfig
     train: TrainConfig
-    optim: AdamWConfig
-    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    optim: OptimConfig
+    schedule: ScheduleConfig = default(ScheduleConfig, "cosine")
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
@@ -158,6 +114,12 @@ class RunConfig:
                 f"train.global_batch is {self.train.global_batch}, not a multiple of {ranks} data ranks x micro_batch "
                 f"{self.train.micro_batch} = {across}; use {near}, or another micro_batch"
             )
+        self.schedule.refuse(self.span)
+
+    @property
+    def span(self) -> Span:
+        """How long the run is, for its schedule."""
+        return Span(self.train.steps, self.train.global_batch * self.data.sequence_length)
 
     @property
     def micro_batches(self) -> int:

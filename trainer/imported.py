@@ -75,7 +75,7 @@ def run_config(read: Read, out: Path, tokenizer: str | None) -> RunConfig:
         },
         "train": {"steps": 1000, "global_batch": 8, "micro_batch": 1, "save_every": 100},
         "optim": {"kind": "adamw", "lr": 1e-5},
-        "schedule": {"warmup_steps": 100},
+        "schedule": {"kind": "cosine", "warmup": 100},
     }
     return parse(RunConfig, data)
 

@@ -18,12 +18,10 @@ from trainer.data.training import TrainingData
 from trainer.evaluate import evaluate
 from trainer.initial import start
 from trainer.metrics import StepMetrics
-from trainer.optim import AdamW
 from trainer.process import build_engine
 from trainer.resume import everyone, on_main, resume
 from trainer.runfolder import refuse_lost, retire, write_config
 from trainer.saver import Saver
-from trainer.schedule import factor
 from trainer.signals import Stop
 from trainer.state import RunState
 
@@ -64,7 +62,7 @@ def train(
     refuse_vocabulary(config)
 
     engine = build_engine(config, mesh)
-    optimizer = AdamW(engine, config.optim)
+    optimizer = config.optim.build(engine)
     if launch.fresh:
         on_main(mesh.is_main, lambda: retire(folder))
 
@@ -96,7 +94,7 @@ def train(
                 raise FloatingPointError(not_finite(state.step + 1, loss, float(norm)))
             if config.optim.clip is not None:
                 engine.clip(config.optim.clip, norm)
-            lr = config.optim.lr * factor(state.step, config.train.steps, config.schedule)
+            lr = config.optim.lr * config.schedule.factor(state.step, config.span)
             optimizer.step(lr)
             engine.after_step(out.stats)
             state, stopping = state.after(size, out.tokens), out.votes > 0

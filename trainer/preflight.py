@@ -26,6 +26,8 @@ from trainer.data.sources import find_files
 from trainer.evaluation import Request, refuse_mesh
 from trainer.initial import refuse_initial
 from trainer.loop import refuse_vocabulary
+from trainer.optim.base import OptimConfig
+from trainer.optim.groups import refuse_patterns
 from trainer.runfolder import CONFIG
 
 
@@ -43,6 +45,7 @@ def load_run(file: str, overrides: Iterable[str] = ()) -> RunConfig:
             pipeline.refuse(config.mesh, len(config.model.expanded), config.micro_batches)
     except ValueError as error:
         raise at("mesh", str(error)) from error
+    refuse_patterns(config.model, config.optim.patterns())
     return config
 
 
@@ -57,6 +60,16 @@ def load_model(file: str, overrides: Iterable[str] = ()) -> LMConfig:
         raise ConfigError(f"{file}: model is missing, and nothing else is asked for; give a config that has one")
     config: LMConfig = parse(LMConfig, data["model"], "model")
     refuse_model(config)
+    return config
+
+
+def load_optim(file: str, overrides: Iterable[str], model: LMConfig) -> OptimConfig | None:
+    """The optimiser of a config for `model`, None where the config has none. Raises ConfigError."""
+    data = load(file, overrides)
+    if "optim" not in data:
+        return None
+    config: OptimConfig = parse(OptimConfig, data["optim"], "optim")
+    refuse_patterns(model, config.patterns())
     return config
 
 

@@ -1,9 +1,11 @@
-"""`weft check`: does a mesh compute what one process computes, for the model of a config?
+"""`weft check`: does a mesh compute what one process computes, for the model and the optimiser of a config?
 
-Of the config only `model` counts: the mesh is the command's, and the data are made up.
+Of the config only `model` counts, and `optim` where there is one: the mesh is the command's, and the data are made up.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -47,9 +49,10 @@ def asked(args: argparse.Namespace) -> "tuple[LMConfig, MeshConfig, Settings]":
     """What is to be compared. Raises ValueError for what is refused, before anything runs."""
     import torch
 
-    from launch.runs import load_model
+    from launch.runs import load_model, load_optim
     from parallel.check import Settings, refuse_combination
     from parallel.mesh import MeshConfig
+    from trainer.optim.base import one_step
 
     mesh = MeshConfig.parse(args.mesh)
     if mesh.world_size == 1:
@@ -58,6 +61,8 @@ def asked(args: argparse.Namespace) -> "tuple[LMConfig, MeshConfig, Settings]":
         raise ValueError(f"--length is {args.length}; it must be at least 1")
     config = load_model(args.config, args.overrides)
     settings = Settings(length=args.length, dtype=getattr(torch, args.dtype))
+    if (optim := load_optim(args.config, args.overrides, config)) is not None:
+        settings = dataclasses.replace(settings, update=functools.partial(one_step, optim))
     refuse_combination(config, mesh, settings)
     return config, mesh, settings
 

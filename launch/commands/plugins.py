@@ -1,4 +1,4 @@
-"""`weft plugins`: what can stand in each slot of a model."""
+"""`weft plugins`: what can stand in each slot of a model and of its training."""
 
 import argparse
 import dataclasses
@@ -25,9 +25,10 @@ def run(args: argparse.Namespace) -> int:
 def chosen(name: str | None) -> list[Any]:
     """The slot's base class, or all of them."""
     from configs.errors import did_you_mean
-    from models import slots
+    from configs.structure import slots_in
+    from trainer.config import RunConfig
 
-    known = {cls.slot: cls for cls in slots.Plugin.__subclasses__() if cls.__module__ == slots.__name__}
+    known = {cls.slot: cls for cls in slots_in(RunConfig)}
     if name is None:
         return list(known.values())
     if name not in known:

@@ -79,7 +79,7 @@ class Gate(Openness):
         # At least float32: 1 - S has no digits left in bfloat16 where S is near 1.
         self.writes = (Entry(self.own, (), dtype=torch.float32),)
         # Not zero: relu has no gradient at 0, so a gate that starts at w = b = 0 is stuck at "every layer runs".
-        self.proj = Linear(d_model, 1, bias=True)
+        self.proj = Linear(d_model, 1, bias=True, role="gate")
 
     def forward(
         self, peek_BTD: Tensor | None, inputs: State, side: Side

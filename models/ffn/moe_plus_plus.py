@@ -108,7 +108,7 @@ class ConstantExperts(nn.Module):
         super().__init__()
         self.weight: nn.Parameter
         self.value: nn.Parameter
-        declare(self, "weight", (count, 2, d_model), Normal(0.02))
+        declare(self, "weight", (count, 2, d_model), Normal(0.02), role="gate")
         declare(self, "value", (count, d_model), Normal(1.0), decay=False)
 
     def forward(self, x_ND: Tensor, gates_NC: Tensor) -> Tensor:

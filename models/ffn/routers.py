@@ -27,6 +27,9 @@ class Routing(NamedTuple):
 class LinearRouter(Linear):
     """`logits = W x`, at least in float32 whatever the model's type: near ties decide picks."""
 
+    def __init__(self, d_in: int, num_experts: int) -> None:
+        super().__init__(d_in, num_experts, role="router")
+
     def forward(self, x_ND: Tensor) -> Tensor:
         return F.linear(upcast(x_ND), upcast(self.weight))
 

@@ -110,8 +110,8 @@ class GatedDeltaNet(Mixer):
         self.q = Linear(ctx.d_model, heads * key, axis=key_axis)
         self.k = Linear(ctx.d_model, heads * key, axis=key_axis)
         self.v = Linear(ctx.d_model, value_heads * value, axis=axis)
-        self.beta = Linear(ctx.d_model, value_heads, axis=axis)
-        self.decay = Linear(ctx.d_model, value_heads, axis=axis)
+        self.beta = Linear(ctx.d_model, value_heads, axis=axis, role="gate")
+        self.decay = Linear(ctx.d_model, value_heads, axis=axis, role="gate")
         self.gate = Linear(ctx.d_model, value_heads * value, axis=axis) if config.output_gate else None
         self.o = Linear(value_heads * value, ctx.d_model, in_axis=axis, init=ctx.output_init)
         self.norm = RMSNorm(value, ctx.norm_eps)

@@ -129,8 +129,8 @@ class DynamicHyper(StaticHyper):
         super().__init__(d_model, config.streams, index)
         self.norm = stream_norm(config.norm, d_model, config.norm_eps)
         self.activation = nn.Tanh() if config.activation == "tanh" else nn.Identity()
-        declare(self, "dynamic_alpha", (d_model, 1 + config.streams), Constant(0.0))
-        declare(self, "dynamic_beta", (d_model, 1), Constant(0.0))
+        declare(self, "dynamic_alpha", (d_model, 1 + config.streams), Constant(0.0), role="gate")
+        declare(self, "dynamic_beta", (d_model, 1), Constant(0.0), role="gate")
         declare(self, "alpha_scale", (1,), Constant(0.01))
         declare(self, "beta_scale", (1,), Constant(0.01))
 

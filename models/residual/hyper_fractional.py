@@ -84,8 +84,8 @@ class FractionalHyper(Connection):
         alpha = FractionalAlpha(index % streams, streams)
         declare(self, "static_alpha", (fractions * streams, columns), alpha, decay=False)
         declare(self, "static_beta", (fractions, streams, fractions), FractionalBeta(), decay=False)
-        declare(self, "dynamic_alpha", (width, columns), Constant(0.0))
-        declare(self, "dynamic_beta", (width, fractions), Constant(0.0))
+        declare(self, "dynamic_alpha", (width, columns), Constant(0.0), role="gate")
+        declare(self, "dynamic_beta", (width, fractions), Constant(0.0), role="gate")
         declare(self, "alpha_scale", (1,), Constant(0.01))
         declare(self, "beta_scale", (1,), Constant(0.01))
 

@@ -83,8 +83,8 @@ class DepthAggregate(nn.Module):
     def __init__(self, d_model: int, ways: int, sources: int, hidden: int, eps: float) -> None:
         super().__init__()
         self.ways, self.eps = ways, eps
-        self.down = Linear(d_model, hidden, init=Normal(1 / math.sqrt(d_model)))
-        self.up = Linear(hidden, ways * sources, init=Constant(0.0))
+        self.down = Linear(d_model, hidden, init=Normal(1 / math.sqrt(d_model)), role="gate")
+        self.up = Linear(hidden, ways * sources, init=Constant(0.0), role="gate")
         declare(self, "static", (ways, sources), Newest(), decay=False)
 
     def weights(self, newest_BTD: Tensor) -> Tensor:

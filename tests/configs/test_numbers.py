@@ -34,7 +34,7 @@ BASE: Data = {
     "run": {"dir": "runs/x"},
     "data": {"train": "d/train", "sequence_length": 8},
     "train": {"steps": 10, "global_batch": 4, "micro_batch": 2},
-    "optim": {"lr": 1.0},
+    "optim": {"kind": "adamw", "lr": 1.0},
 }
 NOTHING: Data = {}
 # At the edges of 32 and 64 bits, where a product with another size passes them, and what rules tend to forget.
@@ -78,6 +78,8 @@ def numbers(annotation: Any, keys: Keys = (), kind: str = "", choice: Data = NOT
             yield from numbers(hints[field.name], (*keys, field.name), kind, choice)
     elif typing.get_origin(bare) is dict:
         yield from numbers(typing.get_args(bare)[1], (*keys, "A"), kind, choice)
+    elif bare == int | str:
+        yield Number(keys, True, kind, choice)
     elif bare in (int, float):
         yield Number(keys, bare is int, kind, choice)
     elif typing.get_origin(bare) is tuple and typing.get_args(bare)[0] in (int, float):
@@ -105,7 +107,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_walk_finds_the_numbers() -> None:
     found = {str(number) for number in NUMBERS}
-    assert {"model.repeat", "model.layers.A.mixer.attention.rope_theta", "optim.betas", "mesh.pp"} <= found
+    assert {"model.repeat", "model.layers.A.mixer.attention.rope_theta", "optim.adamw.betas", "mesh.pp"} <= found
     assert {"model.residual.ladder.layers", "model.layers.A.norm.pre.eps", "model.depth.skip_middle.sparsity"} <= found
 
 
@@ -158,7 +160,7 @@ def test_several_numbers(folder: Path, data: Data) -> None:
         ("run.seed", 2**63 - 1),
         ("train", {"steps": 10**9, "global_batch": 2**16, "save_every": 2**62, "keep_checkpoints": 2**62}),
         ("optim", {"lr": 0, "betas": [0, 0.999999], "eps": 1e-15, "weight_decay": 0, "clip": 1e30}),
-        ("schedule.warmup_steps", 2**40),
+        ("schedule", {"kind": "cosine", "warmup": 2**40}),
         ("mesh", {"tp": 2, "cp": 2, "pp": 2, "schedule": "gpipe"}),
         ("train.global_batch", 4096),
     ],

@@ -39,7 +39,7 @@ def test_every_reference_is_defined() -> None:
 def test_defaults_are_plain_data() -> None:
     got = schema(RunConfig, "run")["$defs"]
     assert got["RunConfig"]["properties"]["schedule"]["default"]["kind"] == "cosine"
-    assert got["AdamWConfig"]["properties"]["betas"]["default"] == [0.9, 0.95]
+    assert got["optim.adamw"]["properties"]["betas"]["default"] == [0.9, 0.95]
     assert got["LMConfig"]["properties"]["residual"]["default"] == {"kind": "plain"}
 
 

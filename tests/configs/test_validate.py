@@ -17,6 +17,7 @@ from models.config import LMConfig
 from models.mixers.attention import AttentionConfig
 from models.slots import MixerConfig, NormConfig
 from trainer.config import RunConfig
+from trainer.optim.adamw import AdamWConfig
 
 RUN: dict[str, Any] = {
     "model": {
@@ -30,7 +31,7 @@ RUN: dict[str, Any] = {
     "run": {"dir": "runs/x"},
     "data": {"train": "data/train", "sequence_length": 8},
     "train": {"steps": 10, "global_batch": 4, "micro_batch": 2},
-    "optim": {"lr": 1},
+    "optim": {"kind": "adamw", "lr": 1},
 }
 
 
@@ -39,7 +40,7 @@ def test_a_valid_run() -> None:
     config = parse(RunConfig, RUN)
     assert before == RUN
     assert config.model.layers["A"].mixer == AttentionConfig(num_heads=4)
-    assert config.optim.betas == (0.9, 0.95)
+    assert config.optim == AdamWConfig(lr=1.0, betas=(0.9, 0.95))
     assert (config.optim.lr, type(config.optim.lr)) == (1.0, float)
     assert parse(RunConfig, to_plain(config)) == config
     assert parse(RunConfig, config) is config
@@ -105,7 +106,7 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
             "model.tie_embeddings='true'",
             "model.tie_embeddings: 'true' is not true or false; write true without quotes",
         ),
-        ("optim.lr=true", "optim.lr: true is not a number"),
+        ("optim.lr=true", "optim.lr: true is not a number, such as 0.001"),
         ("run.dir=3", 'run.dir: 3 is not text; write it in quotes, "3"'),
         (
             "model.layers.A.mixer.rope=hald",
@@ -114,7 +115,8 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
         ),
         (
             "schedule.kind=Cosine",
-            "schedule.kind: 'Cosine' is no choice; did you mean cosine? the choices are cosine, linear, constant",
+            "schedule.kind: unknown schedule kind 'Cosine'; did you mean 'cosine'? "
+            "the kinds are constant, cosine, linear, wsd",
         ),
         # lists
         ("optim.betas=0.9", "optim.betas: 0.9 is not a list; write a list of 2: a number, a number"),
@@ -132,10 +134,11 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
         ("optim.clip=0", "optim: clip is 0.0; it must be above 0, or null for no clipping"),
         (
             "optim.lr=.nan",
-            "optim.lr: nan is not finite; write a number below 3.4e+38 in magnitude, the largest of float32",
+            "optim.lr: nan is not finite; write a number below 3.4e+38 in magnitude, the largest of float32, "
+            "such as 0.001",
         ),
         ("optim.betas=[1, 0]", "optim: betas is [1.0, 0.0]; both must lie in [0, 1), such as [0.9, 0.95]"),
-        ("schedule.min_ratio=2", "schedule: min_ratio is 2.0; it must lie in [0, 1]"),
+        ("schedule={kind: cosine, min_ratio: 2}", "schedule: min_ratio is 2.0; it must lie in [0, 1]"),
         ("data.train=d/train.bin", "data: train is 'd/train.bin'; leave the ending out, 'd/train' names both files"),
         ("run.dir=''", "run: dir is empty; name a folder, such as runs/first"),
         ("train.eval_every=-1", "train: eval_every is -1; it must be at least 0"),
@@ -200,7 +203,8 @@ def test_null_takes_out_an_entry_that_a_base_gives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["model", "run", "data", "train", "optim"])
 def test_missing_part(key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{key} is missing; the config needs it, a mapping with "):
+    form = "kind: and one of adamw" if key == "optim" else "a mapping with "
+    with pytest.raises(ConfigError, match=rf"^{key} is missing; the config needs it, {form}"):
         parse(RunConfig, {name: value for name, value in RUN.items() if name != key})
 
 
@@ -292,7 +296,7 @@ def test_other_types_refused(data: dict[str, Any], sentence: str) -> None:
 def test_numbers_are_finite_and_fit(key: str, value: float, said: str) -> None:
     data = copy.deepcopy(RUN)
     section, name = key.split(".")
-    data.setdefault(section, {})[name] = value
+    data.setdefault(section, {"kind": "cosine"})[name] = value
     with pytest.raises(ConfigError) as caught:
         parse(RunConfig, data)
     assert str(caught.value).startswith(f"{key}: ") and said in str(caught.value) and "\n" not in str(caught.value)
@@ -303,5 +307,5 @@ def test_the_largest_whole_number_passes() -> None:
 
 
 def test_the_kind_is_judged_before_its_keys() -> None:
-    with pytest.raises(ConfigError, match=r"^optim\.kind: 'sgd' is no choice; the choices are adamw$"):
+    with pytest.raises(ConfigError, match=r"^optim\.kind: unknown optim kind 'sgd'; the kinds are adamw, muon$"):
         parse(RunConfig, {**RUN, "optim": {"kind": "sgd", "momentum": 0.9}})

@@ -100,7 +100,7 @@ ALL = "check, ckpt, config, data, eval, export, generate, import, launch, plugin
         (
             ["plugins", "mxer"],
             "there is no slot 'mxer'; did you mean mixer? "
-            "the slots are mixer, ffn, residual, values, norm, shortcut, scaling, depth",
+            "the slots are mixer, ffn, norm, residual, values, shortcut, scaling, depth, optim, schedule",
         ),
         (["eval", "nope"], "nope has no checkpoint; give the folder of a run that has saved one"),
         (["export", "nope", "out"], "nope has no checkpoint; give the folder of a run that has saved one"),

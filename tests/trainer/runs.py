@@ -14,10 +14,12 @@ from models.ffn.swiglu import SwiGLUConfig
 from models.mixers.attention import AttentionConfig
 from parallel.mesh import Mesh, MeshConfig
 from trainer import metrics
-from trainer.config import AdamWConfig, DataConfig, OutputConfig, RunConfig, ScheduleConfig, TrainConfig
+from trainer.config import DataConfig, OutputConfig, RunConfig, TrainConfig
 from trainer.data.prepare import PrepareConfig, prepare
 from trainer.data.tokenizers.sentencepiece import TokenizerConfig
 from trainer.loop import Launch, train
+from trainer.optim.adamw import AdamWConfig
+from trainer.schedule.decay import Cosine
 from trainer.state import RunState
 
 VOCAB = 320
@@ -49,7 +51,7 @@ def run_config(data: Path, folder: Path, mesh: MeshConfig | None = None, **train
         DataConfig(str(data / "train"), 24, valid=str(data / "valid")),
         TrainConfig(**settings),
         AdamWConfig(lr=0.01),
-        ScheduleConfig(warmup_steps=2),
+        Cosine(warmup=2),
         mesh or MeshConfig(),
     )
 

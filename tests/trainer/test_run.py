@@ -13,13 +13,11 @@ from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool, RankError
 from tests.trainer import runs
 from trainer import checkpoint, evaluate, evaluation, train
-from trainer.config import ScheduleConfig
 from trainer.data.sequences import Sequences
 from trainer.evaluate import Evaluation
 from trainer.evaluation import Request
 from trainer.loop import Launch
 from trainer.process import build_engine
-from trainer.schedule import factor
 
 MESHES = {
     "one": MeshConfig(),
@@ -217,13 +215,3 @@ def test_evaluating_a_run(data: Path, tmp_path: Path) -> None:
     report = evaluation.run(Request(tmp_path / "run"))
     assert Path(report.model).name == "step-00000006"
     assert runs.records(config)[-1]["valid/loss"] == report.result.loss
-
-
-def test_schedule() -> None:
-    config = ScheduleConfig("cosine", warmup_steps=4, min_ratio=0.1)
-    factors = [factor(step, 20, config) for step in range(20)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert factors[-1] == pytest.approx(0.1) and factors[4:] == sorted(factors[4:], reverse=True)
-    linear = [factor(step, 10, ScheduleConfig("linear", min_ratio=0.0)) for step in range(10)]
-    assert linear == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
-    assert factor(99, 100, ScheduleConfig("constant")) == 1.0

@@ -12,7 +12,6 @@ from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.trainer import runs
 from trainer import checkpoint, shardfiles
-from trainer.optim import AdamW
 from trainer.process import build_engine
 from trainer.saver import Saver
 from trainer.state import RunState
@@ -25,7 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def saver_of(config: runs.RunConfig, said: list[str]) -> tuple[Engine, Saver]:
     engine = build_engine(config, Mesh.single())
-    return engine, Saver(config, engine, AdamW(engine, config.optim), None, said.append)
+    return engine, Saver(config, engine, config.optim.build(engine), None, said.append)
 
 
 class Gate:

@@ -1,0 +1,1 @@
+"""Optimisers: what a step makes of the gradients."""
