@@ -8,7 +8,9 @@ from models.config import LMConfig, default
 from models.limits import at_least, check_size
 from models.rules import reasons
 from parallel.mesh import MeshConfig
+from trainer.faults import FaultsConfig
 from trainer.optim.base import OptimConfig
+from trainer.profiling import ProfileConfig
 from trainer.schedule.base import ScheduleConfig, Span
 
 
@@ -62,7 +64,7 @@ class TrainConfig:
     log_every, eval_every, save_every: in steps, 0 is never; a run also saves its last step. eval_batches: global
     batches of an evaluation. keep_checkpoints: how many of the newest stay. keep_every: those at multiples of so many
     steps stay too, 0 is none. dtype: of the computation; bfloat16 keeps the weights, the sums of gradients and the
-    optimiser's state in float32.
+    optimiser's state in float32. faults: what happens at a loss that is not finite. profile: some steps, null for none.
     """
 
     steps: int
@@ -75,6 +77,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     keep_every: int = 0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
+    profile: ProfileConfig | None = None
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "global_batch", "micro_batch", "eval_batches", "keep_checkpoints")

@@ -1,8 +1,6 @@
 """The training loop, from the config to the last checkpoint."""
 
 import dataclasses
-import math
-import time
 from pathlib import Path
 
 import torch
@@ -13,17 +11,18 @@ from parallel.mesh import Mesh
 from trainer import metrics
 from trainer.config import RunConfig
 from trainer.data.manifest import read_manifest
-from trainer.data.sequences import Sequences, on_device
+from trainer.data.sequences import Sequences
 from trainer.data.training import TrainingData
 from trainer.evaluate import evaluate
 from trainer.initial import start
-from trainer.metrics import StepMetrics
 from trainer.process import build_engine
+from trainer.profiling import profiled
 from trainer.resume import everyone, on_main, resume
 from trainer.runfolder import refuse_lost, retire, write_config
 from trainer.saver import Saver
 from trainer.signals import Stop
 from trainer.state import RunState
+from trainer.step import Stepper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,28 +80,17 @@ def train(
     with (
         metrics.opened(folder, state.step, last, console if mesh.is_main else None) as log,
         Saver(config, engine, optimizer, state.step if resumed else None, log.say) as saver,
+        profiled(config.train.profile, folder, mesh) as profile_step,
     ):
         log.say(opening(config, mesh, state, last, origin) if state.step < last else nothing_to_do(config, state, last))
+        stepper = Stepper(config, engine, optimizer, data, log.say)
         stopping = any(everyone(lambda: stop.requested))
         while state.step < last and not stopping:
-            began = time.perf_counter()
-            batch = data.batch(state.samples, size, mesh.data_rank, mesh.data_size, config.train.micro_batch)
-            out = engine.step_gradients(on_device(batch, mesh.device), config.micro_batches, lambda: stop.requested)
-            loss, norm = float(out.loss), engine.grad_norm()
-            # Both are sums over all ranks, so that all ranks stop or none does.
-            if not math.isfinite(loss) or not math.isfinite(float(norm)):
-                raise FloatingPointError(not_finite(state.step + 1, loss, float(norm)))
-            if config.optim.clip is not None:
-                engine.clip(config.optim.clip, norm)
-            lr = config.optim.lr * config.schedule.factor(state.step, config.span)
-            optimizer.step(lr)
-            engine.after_step(out.stats)
-            state, stopping = state.after(size, out.tokens), out.votes > 0
-
-            speed = out.tokens / (time.perf_counter() - began)
-            losses = {name: float(value) for name, value in out.losses.items()}
-            step = StepMetrics(state.step, loss, float(norm), lr, state.tokens, speed, losses)
-            log.step(step, write=due(state.step, config.train.log_every) or state.step == last)
+            state, report, stopping = stepper.take(state, lambda: stop.requested)
+            if report is None:
+                log.record(state.step, {"train/skipped": 1})
+            else:
+                log.step(report, write=due(state.step, config.train.log_every) or state.step == last)
             if held_out is not None and due(state.step, config.train.eval_every):
                 rows = config.train.eval_batches * size
                 result = evaluate(engine, held_out, config.train.micro_batch, rows)
@@ -111,6 +99,7 @@ def train(
             saver.poll()
             if due(state.step, config.train.save_every):
                 saver.save(state)
+            profile_step()
         saver.finish(state)
         if stopping:
             log.say(f"asked to stop: ended after step {state.step}; the same command again resumes")
@@ -119,13 +108,6 @@ def train(
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def not_finite(step: int, loss: float, norm: float) -> str:
-    return (
-        f"step {step} has loss {loss} and gradient norm {norm}; the run stopped before the weights took it up, "
-        "and its checkpoints are as they were: resume with a smaller optim.lr, or look at the data of this step"
-    )
 
 
 def opening(config: RunConfig, mesh: Mesh, state: RunState, last: int, origin: Path | None) -> str:

@@ -3,14 +3,17 @@
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 METRICS = "metrics.jsonl"
+LOAD = ".ffn.expert_load"
 EVENTS = "tensorboard"
 # Seconds between lines where the output is not a terminal, whose progress line would fill a file.
 QUIET = 15.0
@@ -18,7 +21,12 @@ QUIET = 15.0
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """One optimiser step. tokens: targets seen by the run so far. losses: those beside the cross-entropy."""
+    """One optimiser step.
+
+    tokens: targets seen by the run so far. mfu: model FLOPs per second over what the machine's matrix products reach.
+    memory_gib: rank 0's peak, of its GPU or else of main memory. data_wait: share of the step's seconds until its batch
+    was there. losses: those beside the cross-entropy. experts: by layer, the largest expert's load over the mean.
+    """
 
     step: int
     loss: float
@@ -26,15 +34,40 @@ class StepMetrics:
     lr: float
     tokens: int
     tokens_per_second: float
+    mfu: float
+    memory_gib: float
+    data_wait: float
     losses: Mapping[str, float]
+    experts: Mapping[str, float]
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
 
     def flat(self) -> dict[str, float]:
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**{name: own[name] for name in own if name not in ("step", "losses")}, **self.losses}
+        """Every value, by "group/name"."""
+        grouped = ("step", "losses", "experts")
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in grouped}
+        own = {"loss": own.pop("loss"), "perplexity": self.perplexity, **own, **self.losses}
+        return {
+            **{f"train/{name}": value for name, value in own.items()},
+            **{f"experts/{layer}": value for layer, value in self.experts.items()},
+        }
 
     def __str__(self) -> str:
-        speed = f"{self.tokens_per_second:,.0f} tokens/s"
+        speed = f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu:.0%}"
         return f"loss {self.loss:.4f}, gradient {self.grad_norm:.2f}, lr {self.lr:.2e}, {speed}"
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats per token."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def expert_loads(stats: Mapping[str, Tensor]) -> dict[str, float]:
+    """By layer: how many times the mean load the largest one is; 1 is even, and a layer without picks is left out."""
+    loads = {name.removesuffix(LOAD): load for name, load in stats.items() if name.endswith(LOAD)}
+    return {name: float(load.max() / load.mean()) for name, load in loads.items() if load.sum() > 0}
 
 
 class Silent:
@@ -88,7 +121,7 @@ class Log(Silent):
             self.say(f"step {metrics.step} of {self._steps}: {metrics}, {left:.0f} s left")
             self._said = now
         if write:
-            self._write(metrics.step, {f"train/{name}": value for name, value in metrics.flat().items()})
+            self._write(metrics.step, metrics.flat())
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         self._write(step, values)

@@ -46,7 +46,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return out
 
 
-ALL = "check, ckpt, config, data, eval, export, generate, import, launch, plugins, prepare, train"
+ALL = "bench, check, ckpt, config, data, eval, export, generate, import, launch, plugins, prepare, train"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ ALL = "check, ckpt, config, data, eval, export, generate, import, launch, plugin
         (
             ["train", CONFIG, "train.stesp=3"],
             "train.stesp: unknown key; did you mean steps? train takes steps, global_batch, micro_batch, log_every, "
-            "eval_every, eval_batches, save_every, keep_checkpoints, keep_every, dtype",
+            "eval_every, eval_batches, save_every, keep_checkpoints, keep_every, dtype, faults, profile",
         ),
         (
             ["train", CONFIG, "steps"],

@@ -82,9 +82,10 @@ def run_through(config: RunConfig) -> list[dict[str, float]]:
 
 
 def records(config: RunConfig) -> list[dict[str, float]]:
-    """All records, without the speeds."""
+    """All records, without what depends on the machine."""
+    machine = {"train/tokens_per_second", "train/mfu", "train/memory_gib", "train/data_wait"}
     found = metrics.read(Path(config.run.dir))
-    return [{name: value for name, value in record.items() if "per_second" not in name} for record in found]
+    return [{name: value for name, value in record.items() if name not in machine} for record in found]
 
 
 def with_optim(config: RunConfig, **changes: Any) -> RunConfig:

@@ -1,0 +1,71 @@
+"""One step of a run: its batch, the gradients, what the policy on bad ones says, the update, and what to report."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from models.cost import cost
+from parallel.engine import Engine
+from trainer.config import RunConfig
+from trainer.data.sequences import on_device
+from trainer.data.training import TrainingData
+from trainer.faults import Faults
+from trainer.metrics import StepMetrics, expert_loads
+from trainer.optim.base import Optimizer
+from trainer.peak import matmul_peak, peak_memory
+from trainer.state import RunState
+
+
+class Stepper:
+    """Takes the steps of a run, all of its ranks together."""
+
+    def __init__(
+        self, config: RunConfig, engine: Engine, optimizer: Optimizer, data: TrainingData, warn: Callable[[str], None]
+    ) -> None:
+        self._config, self._engine, self._optimizer, self._data = config, engine, optimizer, data
+        self._faults = Faults(config.train.faults, engine, Path(config.run.dir), warn)
+        mesh = engine.mesh
+        self._flops = cost(config.model, config.data.sequence_length).flops_per_token
+        # Rank 0 alone reports, and others that measured beside it would slow it down.
+        dtype = getattr(torch, config.train.dtype)
+        self._peak = matmul_peak(mesh.device, dtype) * mesh.config.world_size if mesh.is_main else 1.0
+
+    def take(self, state: RunState, asked: Callable[[], bool]) -> tuple[RunState, StepMetrics | None, bool]:
+        """The state after one more step, what to report (None: the step was skipped), and whether any rank was `asked`
+        to stop (a collective)."""
+        config, engine = self._config, self._engine
+        mesh, size = engine.mesh, config.train.global_batch
+        began = time.perf_counter()
+        batch = self._data.batch(state.samples, size, mesh.data_rank, mesh.data_size, config.train.micro_batch)
+        batch = on_device(batch, mesh.device)
+        waited = time.perf_counter() - began
+        out = engine.step_gradients(batch, config.micro_batches, asked)
+        loss, norm = float(out.loss), float(total := engine.grad_norm())
+        lr = config.optim.lr * config.schedule.factor(state.step, config.span)
+        good = self._faults.passed(state.step + 1, loss, norm, batch, state.samples, config.micro_batches)
+        if good:
+            if config.optim.clip is not None:
+                engine.clip(config.optim.clip, total)
+            self._optimizer.step(lr)
+            engine.after_step(out.stats)
+        state = state.after(size, out.tokens)
+        if not good:
+            return state, None, out.votes > 0
+        seconds = time.perf_counter() - began
+        speed = out.tokens / seconds
+        report = StepMetrics(
+            step=state.step,
+            loss=loss,
+            grad_norm=norm,
+            lr=lr,
+            tokens=state.tokens,
+            tokens_per_second=speed,
+            mfu=speed * self._flops / self._peak,
+            memory_gib=peak_memory(mesh.device) / 2**30,
+            data_wait=waited / seconds,
+            losses={name: float(value) for name, value in out.losses.items()},
+            experts=expert_loads(out.stats),
+        )
+        return state, report, out.votes > 0
