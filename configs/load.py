@@ -4,7 +4,8 @@
 
 A mapping is merged with the one below it, key by key. Where both say `kind` and differ, the upper one replaces the
 lower one whole, since the lower one's other keys belong to another kind. null as an entry of a mapping of entries,
-such as a layer's letter, takes that entry out (`configs.validate`, which knows the types, does it).
+such as a layer's letter, takes that entry out (`configs.validate`, which knows the types, does it). A list replaces
+the one below it whole; an override may name one of its elements, by its number.
 """
 
 import os
@@ -91,8 +92,9 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Data:
 
 
 def override(text: str, data: Mapping[str, Any]) -> Data:
-    """From "a.b=1" to {"a": {"b": 1}}; the value is YAML. Refused where `data` has no mapping on the way.
+    """From "a.b=1" to {"a": {"b": 1}}, to be merged into `data`; the value is YAML.
 
+    A list has its elements' numbers as keys, from 0. Refused where `data` has neither a list nor a mapping on the way.
     Whether the last key exists is for the schema to say: a key that is absent may have a default.
     """
     path, equals, value = text.partition("=")
@@ -101,14 +103,25 @@ def override(text: str, data: Mapping[str, Any]) -> Data:
         raise ConfigError(f"{text!r} is no override; write a dotted key and a value, such as train.steps=100")
     parsed = parse_yaml(value, f"the value of {path}")
     refuse_odd_keys(parsed, f"the value of {path}")
-    here: Any = data
-    for depth, key in enumerate(keys[:-1]):
-        here = here.get(key)
-        if here is None:
-            break
-        if not isinstance(here, Mapping):
-            whole = ".".join(keys[: depth + 1])
-            raise ConfigError(f"{path}: {whole} is {shown(here)}, which has no keys; write {whole}=... instead")
-    for key in reversed(keys):
-        parsed = {key: parsed}
-    return parsed
+    return placed(keys, 0, parsed, data)
+
+
+def placed(keys: list[str], depth: int, value: Any, here: Any) -> Any:
+    """`value` at keys[depth:], to be merged into `here`. A list is given whole, with one element changed."""
+    if depth == len(keys):
+        return value
+    path, whole, key = ".".join(keys), ".".join(keys[:depth]), keys[depth]
+    if isinstance(here, list):
+        if key not in map(str, range(len(here))):
+            numbers = f"0 to {len(here) - 1}" if here else "none"
+            raise ConfigError(
+                f"{path}: {whole} has {len(here)} elements, whose numbers are {numbers}, and {key} is not one; "
+                f"write {whole}=[...] for another list"
+            )
+        old = here[int(key)]
+        new = placed(keys, depth + 1, value, old)
+        both = isinstance(old, Mapping) and isinstance(new, Mapping)
+        return [*here[: int(key)], merge(old, new) if both else new, *here[int(key) + 1 :]]
+    if here is not None and not isinstance(here, Mapping):
+        raise ConfigError(f"{path}: {whole} is {shown(here)}, which has no keys; write {whole}=... instead")
+    return {key: placed(keys, depth + 1, value, here.get(key) if here else None)}

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from configs.structure import is_slot, to_plain, without_none
+from configs.structure import is_slot, structured, to_plain, without_none
 from configs.validate import allows_none, default_of, required
 
 Schema = dict[str, Any]
@@ -61,15 +61,14 @@ def reference(annotation: Any, definitions: dict[str, Schema]) -> Schema:
         out = {"$ref": f"#/$defs/{name}"}
     elif typing.get_origin(bare) is dict:
         out = {"type": "object", "additionalProperties": reference(typing.get_args(bare)[1], definitions)}
-    elif typing.get_origin(bare) in (list, tuple) and any(structured(arg) for arg in typing.get_args(bare)):
+    elif typing.get_origin(bare) in (list, tuple) and structured(bare):
         out = {"type": "array", "items": reference(typing.get_args(bare)[0], definitions)}
+    elif structured(bare):
+        members = [arg for arg in typing.get_args(bare) if arg is not type(None)]
+        out = {"anyOf": [reference(arg, definitions) for arg in members]}
     else:
         return TypeAdapter(annotation).json_schema()
     return {**out, "anyOf": [*out.get("anyOf", [out]), {"type": "null"}]} if allows_none(annotation) else out
-
-
-def structured(annotation: Any) -> bool:
-    return is_slot(without_none(annotation)) or dataclasses.is_dataclass(without_none(annotation))
 
 
 def fields_of(cls: Any, definitions: dict[str, Schema]) -> Schema:

@@ -27,17 +27,38 @@ def slots_in(annotation: Any) -> Iterator[Any]:
         yield from slots_in(argument)
 
 
+def is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
 def without_none(annotation: Any) -> Any:
     """`X | None` becomes X; anything else stays."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    if is_union(annotation):
         rest = [a for a in typing.get_args(annotation) if a is not type(None)]
         return rest[0] if len(rest) == 1 else annotation
     return annotation
 
 
+def structured(annotation: Any) -> bool:
+    """Whether a slot or a dataclass stands in it: the rest, leaf types, is pydantic's."""
+    if is_slot(annotation) or dataclasses.is_dataclass(annotation):
+        return True
+    return any(structured(arg) for arg in typing.get_args(annotation))
+
+
+def member(annotation: Any, data: Any) -> Any:
+    """The type of a union that a list or a mapping is meant for; any other type or data gives `annotation` back."""
+    for one in typing.get_args(annotation) if is_union(annotation) else ():
+        is_list = typing.get_origin(one) in (list, tuple)
+        is_mapping = typing.get_origin(one) is dict or dataclasses.is_dataclass(one) or is_slot(one)
+        if (is_list and isinstance(data, list | tuple)) or (is_mapping and isinstance(data, dict)):
+            return one
+    return annotation
+
+
 def instantiate(annotation: Any, data: Any) -> Any:
-    """Build `annotation` (a dataclass, slot, dict of them, or leaf type) from plain data that is known to be valid."""
-    annotation = without_none(annotation)
+    """Build `annotation` (a dataclass, slot, dict or tuple of them, leaf type or union) from data known to be valid."""
+    annotation = member(without_none(annotation), data)
     if data is None or dataclasses.is_dataclass(data):
         return data
     if is_slot(annotation):

@@ -8,7 +8,6 @@ rule here and break it in a model.
 
 import dataclasses
 import math
-import types
 import typing
 from functools import cache
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from configs.errors import ConfigError, at, did_you_mean, shown
-from configs.structure import instantiate, is_slot, without_none
+from configs.structure import instantiate, is_slot, is_union, member, structured, without_none
 
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 # float32's largest number, and its smallest with all digits: processors may take smaller ones for 0.
@@ -31,12 +30,13 @@ def parse(annotation: Any, data: Any, path: str = "") -> Any:
 def validate(annotation: Any, data: Any, path: str = "") -> Any:
     """`data` with whole numbers made floats where the type says so; instances of dataclasses are left alone.
 
-    annotation: a dataclass, a slot, a dict, list or tuple of them, a leaf type, or any of these or None.
+    annotation: a dataclass, a slot, a dict, list or tuple of them, a leaf type, or a union, of which a list or a
+    mapping takes the first member of its shape.
     path: where `data` stands, dotted. Raises ConfigError, one sentence, for the first thing that is wrong.
     """
     if data is None and allows_none(annotation):
         return None
-    annotation, given = without_none(annotation), annotation
+    annotation, given = member(without_none(annotation), data), annotation
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         return data
     if is_slot(annotation):
@@ -151,6 +151,9 @@ def instead(cls: Any, field: dataclasses.Field[Any]) -> str:
 
 @cache
 def adapter(annotation: Any) -> TypeAdapter[Any]:
+    """Of a union, that of its leaf types."""
+    if is_union(annotation):
+        annotation = typing.Union[tuple(arg for arg in typing.get_args(annotation) if not structured(arg))]  # noqa: UP007
     return TypeAdapter(annotation, config={"strict": True, "arbitrary_types_allowed": False})
 
 
@@ -185,8 +188,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def allows_none(annotation: Any) -> bool:
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return annotation in (None, type(None), Any) or (union and type(None) in typing.get_args(annotation))
+    return annotation in (None, type(None), Any) or (is_union(annotation) and type(None) in typing.get_args(annotation))
 
 
 def literals(annotation: Any) -> tuple[Any, ...]:
@@ -196,7 +198,7 @@ def literals(annotation: Any) -> tuple[Any, ...]:
 def describe(annotation: Any) -> str:
     """The type in words."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
+    if is_union(annotation):
         return " or ".join(describe(arg) for arg in args)
     if origin is Literal:
         return ", ".join(map(str, args))

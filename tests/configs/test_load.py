@@ -169,6 +169,15 @@ def test_overrides_in_order(tmp_path: Path) -> None:
     assert load(top, ["a.kind=y"])["a"] == {"kind": "y"}
 
 
+def test_overrides_reach_into_lists(tmp_path: Path) -> None:
+    file = write(tmp_path, x="data:\n  train:\n  - {path: a, weight: 1}\n  - {path: b, weight: 3}\n  pair: [1, 2]")
+    changed = load(file, ["data.train.0.weight=2", "data.train.1={path: c}", "data.pair.1=5", "data.train.0.path=z"])
+    assert changed == {"data": {"train": [{"path": "z", "weight": 2}, {"path": "c", "weight": 3}], "pair": [1, 5]}}
+    before = {"a": [{"b": [1, 2]}]}
+    assert override("a.0.b.1=3", before) == {"a": [{"b": [1, 3]}]} and before == {"a": [{"b": [1, 2]}]}
+    assert load(file, ["data.train=[1]"])["data"]["train"] == [1]
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -176,6 +185,17 @@ def test_overrides_in_order(tmp_path: Path) -> None:
         ("a..b=1", "'a..b=1' is no override; write a dotted key and a value, such as train.steps=100"),
         ("=1", "'=1' is no override; write a dotted key and a value, such as train.steps=100"),
         ("a.b.c=1", "a.b.c: a.b is 5, which has no keys; write a.b=... instead"),
+        (
+            "c.2.d=1",
+            "c.2.d: c has 2 elements, whose numbers are 0 to 1, and 2 is not one; write c=[...] for another list",
+        ),
+        ("c.d=1", "c.d: c has 2 elements, whose numbers are 0 to 1, and d is not one; write c=[...] for another list"),
+        (
+            "c.-1=1",
+            "c.-1: c has 2 elements, whose numbers are 0 to 1, and -1 is not one; write c=[...] for another list",
+        ),
+        ("c.1.d=1", "c.1.d: c.1 is 2, which has no keys; write c.1=... instead"),
+        ("e.0=1", "e.0: e has 0 elements, whose numbers are none, and 0 is not one; write e=[...] for another list"),
         (
             "x=[1",
             "the value of x:1: expected ',' or ']', but got '<stream end>'; check quotes, brackets and indentation",
@@ -185,5 +205,5 @@ def test_overrides_in_order(tmp_path: Path) -> None:
 )
 def test_bad_overrides(text: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        override(text, {"a": {"b": 5}})
+        override(text, {"a": {"b": 5}, "c": [{"d": 1}, 2], "e": []})
     assert str(caught.value) == sentence
