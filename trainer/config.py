@@ -1,13 +1,15 @@
 """The config of a run: the model's and the mesh's schemas, and the trainer's own."""
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 from models.config import LMConfig, default
-from models.limits import at_least, check_size
+from models.limits import above_zero, at_least, check_size
 from models.rules import reasons
 from parallel.mesh import MeshConfig
+from trainer.data.blend import shares
 from trainer.faults import FaultsConfig
 from trainer.optim.base import OptimConfig
 from trainer.profiling import ProfileConfig
@@ -36,14 +38,30 @@ class OutputConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """One dataset of a blend.
+
+    path: what its .bin and .idx share. weight: its part of the samples, relative to the other sources' weights.
+    """
+
+    path: str
+    weight: float
+
+    def __post_init__(self) -> None:
+        refuse_ending("path", self.path)
+        above_zero(self, "weight", hint="; leave a source out that is not wanted")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is learned from.
 
-    train, valid: an indexed dataset as the path that its .bin and .idx share. tokenizer: the folder or SentencePiece
-    model that made them. sequence_length: tokens of a sequence.
+    train: an indexed dataset as the path that its .bin and .idx share, or a blend: a list of datasets, each with path
+    and weight. valid: an indexed dataset. tokenizer: the folder or SentencePiece model that made them.
+    sequence_length: tokens of a sequence.
     """
 
-    train: str
+    train: str | tuple[Source, ...]
     sequence_length: int
     valid: str | None = None
     tokenizer: str | None = None
@@ -52,8 +70,30 @@ class DataConfig:
         at_least(self, 1, "sequence_length")
         for name in ("train", "valid"):
             path = getattr(self, name)
-            if path is not None and path.endswith((".bin", ".idx")):
-                raise ValueError(f"{name} is {path!r}; leave the ending out, {path[:-4]!r} names both files")
+            if isinstance(path, str):
+                refuse_ending(name, path)
+        if not self.sources:
+            raise ValueError("train is an empty list; name a dataset, or list path and weight of several")
+        for path, times in Counter(source.path for source in self.sources).items():
+            if times > 1:
+                raise ValueError(f"train has {path} {times} times; list it once, with the sum of its weights")
+        # Refuses what would leave a source without a sample.
+        shares([source.weight for source in self.sources])
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What is trained on; a single dataset is a blend of one."""
+        return (Source(self.train, 1.0),) if isinstance(self.train, str) else self.train
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the sources, by path."""
+        return {source.path: source.weight for source in self.sources}
+
+
+def refuse_ending(name: str, path: str) -> None:
+    if path.endswith((".bin", ".idx")):
+        raise ValueError(f"{name} is {path!r}; leave the ending out, {path[:-4]!r} names both files")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ from models.lm import LM
 from parallel.mesh import Mesh
 from trainer import metrics
 from trainer.config import RunConfig
-from trainer.data.manifest import read_manifest
 from trainer.data.sequences import Sequences
 from trainer.data.training import TrainingData
+from trainer.data.vocabulary import refuse_vocabulary
 from trainer.evaluate import evaluate
 from trainer.initial import start
 from trainer.process import build_engine
@@ -56,7 +56,7 @@ def train(
     """
     launch, console, stop = launch or Launch(), console or Console(), stop or Stop()
     folder, size = Path(config.run.dir), config.train.global_batch
-    data = TrainingData(config.data.train, config.data.sequence_length, config.run.seed)
+    data = TrainingData(config.data.weights, config.data.sequence_length, config.run.seed)
     held_out = Sequences(config.data.valid, config.data.sequence_length) if config.data.valid else None
     refuse_vocabulary(config)
 
@@ -83,6 +83,8 @@ def train(
         profiled(config.train.profile, folder, mesh) as profile_step,
     ):
         log.say(opening(config, mesh, state, last, origin) if state.step < last else nothing_to_do(config, state, last))
+        for line in data.plan(config.train.steps * size) if state.step < last else ():
+            log.say(line)
         stepper = Stepper(config, engine, optimizer, data, log.say)
         stopping = any(everyone(lambda: stop.requested))
         while state.step < last and not stopping:
@@ -124,17 +126,3 @@ def nothing_to_do(config: RunConfig, state: RunState, last: int) -> str:
     steps = config.train.steps
     end, value = ("train.steps", steps) if state.step >= steps else ("stop_after", last)
     return f"already at step {state.step}, {end} is {value}: nothing to do; raise {end}"
-
-
-def refuse_vocabulary(config: RunConfig) -> None:
-    """Raise ValueError when the model's vocabulary is smaller than the data's, or the data's are not one."""
-    manifests = [read_manifest(prefix) for prefix in (config.data.train, config.data.valid) if prefix]
-    tokenizers = [manifest["tokenizer"] for manifest in manifests if manifest]
-    for tokenizer in tokenizers:
-        if tokenizer["vocab_size"] > config.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size is {config.model.vocab_size} and the data's tokenizer has {tokenizer['vocab_size']} "
-                f"pieces; use at least {tokenizer['vocab_size']}"
-            )
-        if tokenizer["sha256"] != tokenizers[0]["sha256"]:
-            raise ValueError("data.train and data.valid were made with different tokenizers; prepare them with one")

@@ -23,9 +23,9 @@ from trainer.data.check import open_data
 from trainer.data.fitting import fitting_tokenizer
 from trainer.data.format import suffixes
 from trainer.data.sources import find_files
+from trainer.data.vocabulary import refuse_vocabulary
 from trainer.evaluation import Request, refuse_mesh
 from trainer.initial import refuse_initial
-from trainer.loop import refuse_vocabulary
 from trainer.optim.base import OptimConfig
 from trainer.optim.groups import refuse_patterns
 from trainer.runfolder import CONFIG
@@ -89,10 +89,13 @@ def refuse_model(config: LMConfig) -> None:
 
 def refuse_data(config: RunConfig) -> None:
     """Raise ConfigError where a file of the data is missing, and ValueError where they do not fit the model."""
-    for name, prefix in (("train", config.data.train), ("valid", config.data.valid)):
-        if prefix is not None:
-            refuse_missing(f"data.{name}", name, prefix)
-            open_data(prefix)
+    blended = not isinstance(config.data.train, str)
+    for k, source in enumerate(config.data.sources):
+        refuse_missing(f"data.train.{k}.path" if blended else "data.train", "train", source.path)
+        open_data(source.path)
+    if config.data.valid is not None:
+        refuse_missing("data.valid", "valid", config.data.valid)
+        open_data(config.data.valid)
     tokenizer = config.data.tokenizer
     if tokenizer is not None and not Path(tokenizer).exists():
         raise at("data.tokenizer", f"{tokenizer} does not exist; give the tokenizer.model that weft prepare wrote")

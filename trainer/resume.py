@@ -97,7 +97,7 @@ def resume(
     for key, old, new in differences(content.config, to_plain(config)):
         if key.startswith("model."):
             raise ValueError(f"{key} is {new!r}, and {old!r} in {path}; use another run.dir, or the old value")
-        if key in ORDER and mesh.is_main:
+        if key.startswith(ORDER) and mesh.is_main:
             warn(
                 f"{key} is {new!r}, and was {old!r} until step {content.state.step}; samples may repeat or be left out"
             )
@@ -106,7 +106,12 @@ def resume(
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old, new) of every leaf that differs; what only one side has is None on the other."""
+    """(dotted key, old, new) of every leaf that differs; what only one side has is None on the other.
+
+    Lists of one length are compared by element.
+    """
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if not isinstance(old, dict) or not isinstance(new, dict):
         return [] if old == new else [(key, old, new)]
     found = []

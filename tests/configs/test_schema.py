@@ -43,6 +43,14 @@ def test_defaults_are_plain_data() -> None:
     assert got["LMConfig"]["properties"]["residual"]["default"] == {"kind": "plain"}
 
 
+def test_a_member_of_a_union_is_described_by_its_dataclass() -> None:
+    got = schema(RunConfig, "run")["$defs"]
+    train = got["DataConfig"]["properties"]["train"]
+    assert train["anyOf"] == [{"type": "string"}, {"type": "array", "items": {"$ref": "#/$defs/Source"}}]
+    assert train["description"].endswith("each with path and weight.")
+    assert got["Source"]["required"] == ["path", "weight"] and got["Source"]["additionalProperties"] is False
+
+
 def test_files_require_nothing_and_name_their_base() -> None:
     whole = schema(RunConfig, "run")
     got = of_files(whole)

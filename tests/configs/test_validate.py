@@ -245,6 +245,7 @@ class Shapes:
     table: dict[str, int] = dataclasses.field(default_factory=dict)
     either: int | Literal["all"] = 1
     norm: NormConfig | None = None
+    one_or_more: NormConfig | tuple[NormConfig, ...] | str | None = None
 
 
 def test_other_types() -> None:
@@ -260,6 +261,13 @@ def test_other_types() -> None:
     assert got.names == ("a", "b")
     assert [norm.kind for norm in got.norms] == ["pre", "post"] and got.norms[1].eps == 1.0
     assert got.table == {"a": 1} and got.either == "all" and got.norm is None
+    for given in (
+        None,
+        "none",
+        {"kind": "pre", "eps": 1.0},
+        [{"kind": "pre", "eps": 1.0}, {"kind": "post", "eps": 1.0}],
+    ):
+        assert to_plain(parse(Shapes, {"one_or_more": given}))["one_or_more"] == given
 
 
 @pytest.mark.parametrize(
@@ -270,6 +278,8 @@ def test_other_types() -> None:
         ({"norms": [{"kind": "pre"}, {}]}, "s.norms.1: kind is missing; write kind: and one of peri, post, pre"),
         ({"pairs": [[1]]}, "s.pairs.0: [1] has 1 elements; write a list of 2: a whole number, a number"),
         ({"table": {"a": "x"}}, "s.table.a: 'x' is not a whole number; the default of table is {}"),
+        ({"one_or_more": {"kind": "pre", "n": 1}}, "s.one_or_more.n: unknown key; pre takes eps"),
+        ({"one_or_more": [{}]}, "s.one_or_more.0: kind is missing; write kind: and one of peri, post, pre"),
         ({"either": "none"}, "s.either: 'none' is not a whole number or all; the default of either is 1"),
     ],
 )

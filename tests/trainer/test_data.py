@@ -115,8 +115,8 @@ def test_the_order_never_changes() -> None:
 
 @pytest.mark.parametrize(("data_size", "micro_batch"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)])
 def test_ranks_share_one_order(folder: Path, data_size: int, micro_batch: int) -> None:
-    data = TrainingData(str(folder / "out" / "train"), 16, seed=3)
-    start, count = 2 * data.sequences.full - 4, 8
+    data = TrainingData({str(folder / "out" / "train"): 1.0}, 16, seed=3)
+    start, count = 2 * data.sources[0].full - 4, 8
     expected = data.batch(start, count, 0, 1, count)
     across = data_size * micro_batch
     parts = [data.batch(start, count, rank, data_size, micro_batch) for rank in range(data_size)]
@@ -132,7 +132,7 @@ def test_mistakes_are_one_sentence(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"does not exist; make it with weft prepare"):
         Sequences(str(folder / "none"), 8)
     with pytest.raises(ValueError, match="one sequence takes 100000"):
-        TrainingData(train, 100000, 0)
+        TrainingData({train: 1.0}, 100000, 0)
     config = PrepareConfig((str(folder / "text"),), TokenizerConfig(320))
     with pytest.raises(ValueError, match="was prepared with valid"):
         prepare(config, folder / "out")

@@ -32,7 +32,7 @@ def poison(config: RunConfig) -> int:
     Returns that sample.
     """
     steps, size = config.train.steps, config.train.global_batch
-    samples = TrainingData(config.data.train, config.data.sequence_length, config.run.seed)
+    samples = TrainingData(config.data.weights, config.data.sequence_length, config.run.seed)
     tokens = samples.batch(2 * size, (steps - 2) * size, 0, 1, 1).tokens
     holders = {int(token): (tokens == token).any(1).nonzero().flatten().tolist() for token in tokens.unique()}
     token, (row,) = next((token, rows) for token, rows in holders.items() if len(rows) == 1)

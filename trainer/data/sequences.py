@@ -8,7 +8,7 @@ still predicted once, from at least T - S tokens before it, or from all of its d
 Shape suffixes: N sequences, T tokens of a sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -44,9 +44,9 @@ class Sequences:
 
     def rows(self, indices: Sequence[int]) -> Batch:
         """Sequences by index, as a batch [N, T]; an index past the end gives a sequence of padding."""
-        return Batch(*(torch.stack(parts) for parts in zip(*map(self._row, indices), strict=True)))
+        return stacked(map(self.row, indices))
 
-    def _row(self, index: int) -> tuple[Tensor, ...]:
+    def row(self, index: int) -> tuple[Tensor, ...]:
         """Tokens, targets, document ids and positions, each [T]; both count from the row's beginning."""
         tokens = np.zeros(self.length, dtype=np.int64)
         targets = np.full(self.length, IGNORE, dtype=np.int64)
@@ -66,6 +66,11 @@ class Sequences:
             documents[:count] = document - document[0]
             positions[:count] = at - np.maximum(starts[document], start)
         return tuple(map(torch.from_numpy, (tokens, targets, documents, positions)))
+
+
+def stacked(rows: Iterable[tuple[Tensor, ...]]) -> Batch:
+    """Rows, each as `Sequences.row` gives it, as a batch [N, T]."""
+    return Batch(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
 
 def on_device(batch: Batch, device: str) -> Batch:
