@@ -6,12 +6,12 @@ from typing import TypeVar
 
 from torch import nn
 
+from models.context import LayerContext
 from models.limits import at_least, check_size
 from models.plugin import Plugin
 from models.slots import (
     DepthConfig,
     FFNConfig,
-    LayerContext,
     MixerConfig,
     NormConfig,
     ResidualConfig,

@@ -9,8 +9,8 @@ from typing import Generic, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from models.config import LMConfig
-from models.slots import FFN, Cache, Connection, DepthControl, Mixer, OwnTokens, Placement, Values
-from models.state import KEY_GATE, Entry, Layout, Result, Side, State, Views
+from models.slots import FFN, Cache, Connection, DepthControl, Mixer, Placement, Values
+from models.state import KEY_GATE, Entry, Layout, OwnTokens, Result, Side, State, Views
 
 Core = Callable[[dict[str, Tensor], dict[str, Tensor], Side, Cache | None], tuple[Tensor, Cache | None]]
 

@@ -3,83 +3,18 @@
 Shape suffixes: B batch, T sequence, D model width, H heads, K key and V value width of a head.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeVar, cast
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from models.params import Normal, RMSNorm, output_std
+from models.context import LayerContext
+from models.params import RMSNorm
 from models.plugin import Plugin
-from models.state import Entry, Result, Side, State, Views
-
-if TYPE_CHECKING:
-    from models.config import LayerConfig
+from models.state import Entry, OwnTokens, Projected, Result, Side, State, Views
 
 Cache = dict[str, Tensor]
-Module = TypeVar("Module", bound=nn.Module)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerContext:
-    """What a plug-in may know about its place: all layers' configs, its own index, the model's width.
-
-    pool: the modules that layers share, by key; see `share`.
-    """
-
-    d_model: int
-    index: int
-    layers: tuple["LayerConfig", ...]
-    norm_eps: float
-    output_gain: float = 1.0
-    pool: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    def share(self, key: str, build: Callable[[], Module]) -> Module:
-        """The model's one module of this key, built by the first layer that asks for it.
-
-        Its parameters are one group: pipeline stages hold a copy each, gradients are summed over all uses, and the
-        first layer's name is the one that is saved. The module must be called (FSDP gathers its parameters then).
-        """
-        if key not in self.pool:
-            self.pool[key] = build()
-        return cast(Module, self.pool[key])
-
-    @property
-    def output_init(self) -> Normal:
-        """Initialisation of a branch's last matrix."""
-        return output_std(self.num_layers, self.output_gain)
-
-
-class OwnTokens(NamedTuple):
-    """What a mixer made of this rank's own tokens; see `Mixer.own_tokens`.
-
-    made: for `project`, [B, T, ...] each. made_by_head: likewise, [B, T, H, ...] each for all heads; `project` gets
-    those of this rank. writes: entries over tokens. losses, stats: as in `Result`.
-    """
-
-    made: Mapping[str, Tensor] = MappingProxyType({})
-    made_by_head: Mapping[str, Tensor] = MappingProxyType({})
-    writes: Mapping[str, Tensor] = MappingProxyType({})
-    losses: Mapping[str, Tensor] = MappingProxyType({})
-    stats: Mapping[str, Tensor] = MappingProxyType({})
-
-
-class Projected(NamedTuple):
-    """What `Mixer.project` returns.
-
-    heads: the core's inputs, each [B, T, H, ...] or [B, T], "v" among them. kept: what only `merge` needs.
-    writes: entries over heads.
-    """
-
-    heads: dict[str, Tensor]
-    kept: dict[str, Tensor]
-    writes: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Mixer(nn.Module):

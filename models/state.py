@@ -83,6 +83,32 @@ class Result(NamedTuple):
     cache: dict[str, Tensor] | None = None
 
 
+class OwnTokens(NamedTuple):
+    """What a mixer made of this rank's own tokens; see `Mixer.own_tokens`.
+
+    made: for `project`, [B, T, ...] each. made_by_head: likewise, [B, T, H, ...] each for all heads; `project` gets
+    those of this rank. writes: entries over tokens. losses, stats: as in `Result`.
+    """
+
+    made: Mapping[str, Tensor] = MappingProxyType({})
+    made_by_head: Mapping[str, Tensor] = MappingProxyType({})
+    writes: Mapping[str, Tensor] = MappingProxyType({})
+    losses: Mapping[str, Tensor] = MappingProxyType({})
+    stats: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Projected(NamedTuple):
+    """What `Mixer.project` returns.
+
+    heads: the core's inputs, each [B, T, H, ...] or [B, T], "v" among them. kept: what only `merge` needs.
+    writes: entries over heads.
+    """
+
+    heads: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    writes: Mapping[str, Tensor] = MappingProxyType({})
+
+
 @dataclasses.dataclass(frozen=True)
 class Side:
     """What every stage knows by itself: token ids, document ids and positions, all [B, T], of the whole sequence.

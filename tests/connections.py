@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from models.config import LayerConfig
+from models.context import LayerContext
 from models.ffn.swiglu import SwiGLUConfig
 from models.mixers.attention import AttentionConfig
-from models.slots import Connection, LayerContext
+from models.slots import Connection
 from models.state import State
 
 Params = dict[str, Tensor]

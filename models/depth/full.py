@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from models.slots import DepthConfig, DepthControl, LayerContext
+from models.context import LayerContext
+from models.slots import DepthConfig, DepthControl
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from models.context import LayerContext
 from models.limits import at_least
 from models.params import Linear, upcast
-from models.slots import DepthConfig, DepthControl, LayerContext
+from models.slots import DepthConfig, DepthControl
 from models.state import Entry, Side, State
 
 

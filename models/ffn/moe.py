@@ -11,13 +11,14 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from models.context import LayerContext
 from models.ffn.balance import StatsGroup, z_loss
 from models.ffn.experts import Experts, SharedExpert
 from models.ffn.routed import RoutedFFN
 from models.ffn.routers import SELECTIONS, LinearRouter
 from models.limits import above_zero, at_least
 from models.params import Linear, upcast
-from models.slots import FFN, FFNConfig, LayerContext
+from models.slots import FFN, FFNConfig
 from models.state import Result, Side, State
 
 

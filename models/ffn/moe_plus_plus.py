@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.context import LayerContext
 from models.ffn.balance import StatsGroup
 from models.ffn.experts import Experts
 from models.ffn.routed import RoutedFFN, sum_picks, take_picks
 from models.ffn.routers import LinearRouter, Routing, normalized
 from models.limits import at_least
 from models.params import Normal, declare, upcast
-from models.slots import FFN, FFNConfig, LayerContext
+from models.slots import FFN, FFNConfig
 from models.state import Entry, Result, Side, State
 
 LOGITS = "router_logits"  # [B, T, E]: the last router's logits, its own residual included

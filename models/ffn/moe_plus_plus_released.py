@@ -8,10 +8,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from models.context import LayerContext
 from models.ffn.moe_plus_plus import MaskedTopK, MoEPlusPlus, MoEPlusPlusConfig
 from models.ffn.routers import LinearRouter, Routing
 from models.limits import above_zero
-from models.slots import FFN, LayerContext
+from models.slots import FFN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,10 @@ from types import MappingProxyType
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.context import LayerContext
 from models.limits import at_least
 from models.params import Axis, Linear, Normal
-from models.slots import FFN, FFNConfig, LayerContext
+from models.slots import FFN, FFNConfig
 from models.state import Result, Side, State
 
 

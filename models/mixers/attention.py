@@ -10,12 +10,13 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from models.context import LayerContext
 from models.kernels.attention import as_bias, attend, attend_causal, visibility
 from models.limits import at_least
 from models.params import Axis, Linear, RMSNorm
 from models.rope import angles, rotate_half, rotate_interleaved
-from models.slots import Cache, LayerContext, Mixer, MixerConfig, Projected
-from models.state import KEY_GATE, Side, State, Views
+from models.slots import Cache, Mixer, MixerConfig
+from models.state import KEY_GATE, Projected, Side, State, Views
 
 
 @dataclasses.dataclass(frozen=True)

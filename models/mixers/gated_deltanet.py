@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.context import LayerContext
 from models.conv import FanInUniform, prepend, short_conv, tail
 from models.kernels.delta_rule.reference import CHUNK, chunked, recurrent
 from models.limits import at_least
 from models.params import Axis, Linear, RMSNorm, declare, upcast
-from models.slots import Cache, LayerContext, Mixer, MixerConfig, Projected
-from models.state import KEY_GATE, Side, State, Views
+from models.slots import Cache, Mixer, MixerConfig
+from models.state import KEY_GATE, Projected, Side, State, Views
 
 L2_EPS = 1e-6
 

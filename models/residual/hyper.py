@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models.context import LayerContext
 from models.limits import above_zero, at_least
 from models.params import Constant, declare, upcast
 from models.residual.stream_norm import Kind, stream_norm
-from models.slots import Closer, Connection, LayerContext, Opener, ResidualConfig
+from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
 
 

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models.context import LayerContext
 from models.limits import at_least
 from models.params import Constant, declare, upcast
 from models.residual.hyper import HyperConnections, sublayer_index
 from models.residual.stream_norm import stream_norm
-from models.slots import Connection, LayerContext
+from models.slots import Connection
 from models.state import Entry, State, Views
 
 

@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from models.slots import Connection, LayerContext, ResidualConfig
+from models.context import LayerContext
+from models.slots import Connection, ResidualConfig
 from models.state import Entry, State, Views
 
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.context import LayerContext
 from models.limits import above_zero, at_least
 from models.params import Constant, Linear, Normal, declare, upcast
-from models.slots import Closer, Connection, LayerContext, Opener, ResidualConfig
+from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
 
 

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models.context import LayerContext
 from models.residual.fixed_point import check_bits, on_grid
-from models.slots import Closer, Connection, LayerContext, Opener, ResidualConfig
+from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
 
 

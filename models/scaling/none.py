@@ -4,7 +4,8 @@ import dataclasses
 
 from torch import nn
 
-from models.slots import LayerContext, ScalingConfig
+from models.context import LayerContext
+from models.slots import ScalingConfig
 
 
 @dataclasses.dataclass(frozen=True)

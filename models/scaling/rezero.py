@@ -7,8 +7,9 @@ import dataclasses
 
 from torch import Tensor, nn
 
+from models.context import LayerContext
 from models.params import Constant, declare
-from models.slots import LayerContext, ScalingConfig
+from models.slots import ScalingConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,10 @@ import math
 
 from torch import Tensor, nn
 
+from models.context import LayerContext
 from models.limits import at_least
 from models.params import Constant, Linear, Normal
-from models.slots import LayerContext, ShortcutConfig
+from models.slots import ShortcutConfig
 
 
 @dataclasses.dataclass(frozen=True)

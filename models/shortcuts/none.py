@@ -4,7 +4,8 @@ import dataclasses
 
 from torch import nn
 
-from models.slots import LayerContext, ShortcutConfig
+from models.context import LayerContext
+from models.slots import ShortcutConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from models.slots import LayerContext, Values, ValuesConfig
+from models.context import LayerContext
+from models.slots import Values, ValuesConfig
 
 
 @dataclasses.dataclass(frozen=True)

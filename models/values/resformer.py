@@ -11,8 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from models.context import LayerContext
 from models.params import Constant, declare
-from models.slots import LayerContext, Values, ValuesConfig
+from models.slots import Values, ValuesConfig
 from models.state import Entry, Layout, State
 
 FIRST = "first_value"

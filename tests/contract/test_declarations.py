@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.context import LayerContext
 from models.lm import LM
 from models.params import Linear, initialize
-from models.slots import FFN, FFNConfig, LayerContext
+from models.slots import FFN, FFNConfig
 from models.state import Result, Side, State
 from parallel.mesh import MeshConfig
 from parallel.preflight import refuse

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from models.params import Axis, Linear
-from models.slots import Cache, LayerContext, Mixer, MixerConfig, Projected
-from models.state import Side, State, Views
+from models.context import LayerContext
+from models.slots import Cache, Mixer, MixerConfig
+from models.state import Projected, Side, State, Views
 
 
 @dataclasses.dataclass(frozen=True)

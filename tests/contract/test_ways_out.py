@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from models.context import LayerContext
 from models.ffn.swiglu import SwiGLUConfig
 from models.mixers.attention import AttentionConfig
 from models.params import Axis, Normal, declare
 from models.residual.plain import PlainResidual
 from models.shortcuts.laurel import Laurel
-from models.slots import FFN, FFNConfig, LayerContext
+from models.slots import FFN, FFNConfig
 from models.values.own import OwnValues
 from parallel.mesh import MeshConfig
 from parallel.preflight import refuse

@@ -35,8 +35,9 @@ from torch import Tensor
 
 from models.buffers import Buffers
 from models.params import Axis, Linear
-from models.slots import Cache, LayerContext, Mixer, MixerConfig, OwnTokens, Projected
-from models.state import Entry, Layout, Side, State, Views
+from models.context import LayerContext
+from models.slots import Cache, Mixer, MixerConfig
+from models.state import Entry, Layout, OwnTokens, Projected, Side, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,8 @@ import dataclasses
 from torch import Tensor
 
 from models.params import Axis, Linear
-from models.slots import FFN, FFNConfig, LayerContext
+from models.context import LayerContext
+from models.slots import FFN, FFNConfig
 from models.state import Result, Side, State
 
 

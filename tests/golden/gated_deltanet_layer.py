@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from models.config import LayerConfig
+from models.context import LayerContext
 from models.ffn.swiglu import SwiGLUConfig
 from models.mixers.gated_deltanet import GatedDeltaNetConfig
-from models.slots import LayerContext, Mixer
+from models.slots import Mixer
 from models.state import Side, Views
 
 FLA = {

@@ -57,7 +57,8 @@ import dataclasses
 from torch import Tensor, nn
 from models import params as learned
 from models.scaling.mine_helper import half
-from models.slots import LayerContext, ScalingConfig
+from models.context import LayerContext
+from models.slots import ScalingConfig
 
 @dataclasses.dataclass(frozen=True)
 class Mine(ScalingConfig, kind="mine"):

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from models.config import LayerConfig
+from models.context import LayerContext
 from models.ffn.swiglu import SwiGLUConfig
 from models.mixers.attention import Attention, AttentionConfig
 from models.params import initialize
 from models.rope import angles, rotate_half, rotate_interleaved
-from models.slots import Cache, LayerContext
+from models.slots import Cache
 from models.state import Side, Views
 from tests.models.mixers import WIDTH, run, side_of, stream
 

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import LayerConfig
+from models.context import LayerContext
 from models.conv import short_conv
 from models.ffn.swiglu import SwiGLUConfig
 from models.kernels.delta_rule.reference import recurrent
 from models.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig, unit
 from models.params import initialize, named_specs
-from models.slots import Cache, LayerContext
+from models.slots import Cache
 from models.state import Views
 from tests.models.mixers import WIDTH, run, side_of, stream
 

@@ -275,7 +275,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.params import Axis, Linear, Parts
-from models.slots import FFN, FFNConfig, LayerContext
+from models.context import LayerContext
+from models.slots import FFN, FFNConfig
 from models.state import Result, Side, State
 
 

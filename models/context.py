@@ -1,0 +1,48 @@
+"""What a plug-in knows of its place in the model when it is built, and how layers come to share a module."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from torch import nn
+
+from models.params import Normal, output_std
+
+if TYPE_CHECKING:
+    from models.config import LayerConfig
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerContext:
+    """What a plug-in may know about its place: all layers' configs, its own index, the model's width.
+
+    pool: the modules that layers share, by key; see `share`.
+    """
+
+    d_model: int
+    index: int
+    layers: tuple["LayerConfig", ...]
+    norm_eps: float
+    output_gain: float = 1.0
+    pool: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def share(self, key: str, build: Callable[[], Module]) -> Module:
+        """The model's one module of this key, built by the first layer that asks for it.
+
+        Its parameters are one group: pipeline stages hold a copy each, gradients are summed over all uses, and the
+        first layer's name is the one that is saved. The module must be called (FSDP gathers its parameters then).
+        """
+        if key not in self.pool:
+            self.pool[key] = build()
+        return cast(Module, self.pool[key])
+
+    @property
+    def output_init(self) -> Normal:
+        """Initialisation of a branch's last matrix."""
+        return output_std(self.num_layers, self.output_gain)
