@@ -162,8 +162,8 @@ class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
         raise NotImplementedError
 
     def flops_per_token(self, d_model: int, sequence: int) -> float:
-        """Forward FLOPs of the core (projections are counted from their parameters)."""
-        raise NotImplementedError
+        """Forward FLOPs of the core, for MFU (projections are counted from their parameters); by default none are."""
+        return 0.0
 
 
 class FFNConfig(Plugin, slot="ffn", folder="models.ffn"):

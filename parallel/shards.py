@@ -143,20 +143,28 @@ def place(out: Tensor, segments: tuple[Segments, ...], value: Tensor) -> None:
 
 def refuse_uneven(model: LM, mesh_axes: dict[str, int]) -> None:
     """Raise ValueError naming the parameter and the nearest degree that divides. mesh_axes: the tp and ep degrees."""
+    for key, names in (("tp", TENSOR_AXES), ("ep", EXPERT_AXES)):
+        found = [(name, axis) for name, axis in all_axes(model) if axis.name in names]
+        degree = mesh_axes[key]
+        wrong = [(name, axis) for name, axis in found if not fits(axis, degree)]
+        if not wrong:
+            continue
+        name, axis = wrong[0]
+        near = max(n for n in range(1, degree) if all(fits(other, n) for _, other in found))
+        more = math.ceil(axis.groups / degree) * degree
+        alone = all(other == axis for _, other in wrong)
+        raise ValueError(
+            f"{key} is {degree}, which does not divide the {axis.groups} {axis.name} of {name}; "
+            f"use {key}={near}" + (f", or {more} {axis.name}" if alone else "")
+        )
+
+
+def all_axes(model: LM) -> Iterator[tuple[str, Axis]]:
+    """(parameter's name, axis) of everything that may be split."""
     for name, _, _, spec in named_specs(model):
         for dim, axes in enumerate(spec.axes):
             parts = axes if isinstance(axes, Parts) else Parts((spec.shape[dim],), (axes,))
-            for axis in filter(None, parts.axes):
-                for key, names in (("tp", TENSOR_AXES), ("ep", EXPERT_AXES)):
-                    degree = mesh_axes[key]
-                    if axis.name not in names or fits(axis, degree):
-                        continue
-                    near = max(n for n in range(1, min(degree, axis.groups) + 1) if fits(axis, n))
-                    more = math.ceil(axis.groups / degree) * degree
-                    raise ValueError(
-                        f"{key} is {degree}, which does not divide the {axis.groups} {axis.name} of {name}; "
-                        f"use {key}={near}, or {more} {axis.name}"
-                    )
+            yield from ((name, axis) for axis in parts.axes if axis is not None)
 
 
 def fits(axis: Axis, degree: int) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.cost import cost
 from models.hf.export import ExportConfig, export
 from models.lm import LM
 from models.mixers import __path__ as mixer_folders
@@ -106,6 +107,7 @@ def config():
 
 def test_it_is_found_and_trains(folder: Path) -> None:
     assert "moving_average" in MixerConfig.kinds()
+    assert cost(config(), 12).flops_per_token > 0  # it does not count its core
     engine = Engine(config(), Mesh.single(), seed=0)
     tokens = torch.randint(32, (4, 12), generator=torch.Generator().manual_seed(0))
     optimiser = torch.optim.AdamW([held.parameter for held in engine.held()], lr=0.01)

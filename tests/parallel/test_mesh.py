@@ -37,7 +37,8 @@ def test_refused_meshes(text: str, message: str) -> None:
     [
         ("dp=100000", build(), "a check runs them all on this machine, at most 64"),
         ("tp=16", build(), "tp is 16, which does not divide the 8 heads of"),
-        ("tp=3", build(vocab_size=33), "use tp=2, or 9 heads"),
+        ("tp=3", build(vocab_size=33), "does not divide the 8 heads of layers.0.mixer.branch.mixer.q.weight; use tp=1"),
+        ("tp=3", build(), "use tp=2"),
         (
             "tp=2",
             build(vocab_size=33),
