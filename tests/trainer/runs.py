@@ -64,6 +64,12 @@ def run(config: RunConfig, launch: Launch | None = None, mesh: Mesh | None = Non
     return state, out.getvalue()
 
 
+def run_on_threads(threads: int, config: RunConfig) -> None:
+    """Train as a process with that many threads does, on which the order of sums depends."""
+    torch.set_num_threads(threads)
+    run(config)
+
+
 def run_interrupted(config: RunConfig, stop_after: int) -> list[dict[str, float]]:
     """Train to a step, then resume to the end; returns the records."""
     mesh = Mesh(config.mesh)

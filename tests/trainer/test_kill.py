@@ -94,7 +94,7 @@ def test_a_run_that_is_killed_again_and_again(data: Path, tmp_path: Path) -> Non
     folder = tmp_path / "killed" / "checkpoints"
     context = mp.get_context("forkserver")
     for published in (1, 4, 7):
-        process = context.Process(target=runs.run, args=(config,))
+        process = context.Process(target=runs.run_on_threads, args=(torch.get_num_threads(), config))
         process.start()
         deadline = time.monotonic() + 120
         while max(checkpoint.steps(folder), default=0) < published or not list(folder.glob(".step-*.partial")):
