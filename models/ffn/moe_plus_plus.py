@@ -172,19 +172,3 @@ class MoEPlusPlus(RoutedFFN):
         _, constant_NC, copy_NE, _ = gates_NE.split(self.config.sizes, dim=1)
         out_ND = copy_NE.sum(1, keepdim=True) * u_ND
         return out_ND if self.constants is None else out_ND + self.constants(u_ND, constant_NC)
-
-
-def capacity(config: MoEPlusPlusConfig, tokens: int, gamma: float) -> tuple[float, float]:
-    """The paper's capacity of (an FFN expert, any other expert): gamma tau T / (tau N_F + N_Z), the same without tau.
-
-    Not rounded. The layer above is dropless; this is for comparison with training under a capacity.
-    """
-    share = config.tau * config.num_experts + config.num_total - config.num_experts
-    return gamma * config.tau * tokens / share, gamma * tokens / share
-
-
-def kept_picks(index_TK: Tensor, capacities_E: Tensor) -> Tensor:
-    """Which picks stay when each expert takes its first floor(capacity) ones in token order: bool [T, E]."""
-    picked_TE = torch.zeros(index_TK.shape[0], capacities_E.shape[0], dtype=torch.int64, device=index_TK.device)
-    picked_TE = picked_TE.scatter(1, index_TK, 1)
-    return (picked_TE > 0) & (picked_TE.cumsum(0) <= capacities_E.floor())

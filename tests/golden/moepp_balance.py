@@ -1,4 +1,5 @@
-"""MoE++'s balance loss and capacity. Its router is the identity, so that the layer's input is the case's logits."""
+"""MoE++'s balance loss, on the case's own picks. Its router is the identity, so that the layer's input is the case's
+logits. The cases also hold the paper's capacity, which a dropless layer has no use for: its formula stands here."""
 
 import torch
 from torch import Tensor
@@ -6,9 +7,22 @@ from torch.func import functional_call
 
 from models.config import LayerConfig, LMConfig
 from models.ffn.balance import LocalReduce, count_picks, group_loads
-from models.ffn.moe_plus_plus import MoEPlusPlus, MoEPlusPlusConfig, capacity, kept_picks
+from models.ffn.moe_plus_plus import MoEPlusPlus, MoEPlusPlusConfig
 from models.mixers.attention import AttentionConfig
 from models.state import Side
+
+
+def capacity(config: MoEPlusPlusConfig, tokens: int, gamma: float) -> tuple[float, float]:
+    """Of (an FFN expert, any other expert), not rounded: gamma tau T / (tau N_F + N_Z), and the same without tau."""
+    share = config.tau * config.num_experts + config.num_total - config.num_experts
+    return gamma * config.tau * tokens / share, gamma * tokens / share
+
+
+def kept_picks(index_TK: Tensor, capacities_E: Tensor) -> Tensor:
+    """Which picks stay when each expert takes its first floor(capacity) ones in token order: bool [T, E]."""
+    picked_TE = torch.zeros(index_TK.shape[0], capacities_E.shape[0], dtype=torch.int64)
+    picked_TE = picked_TE.scatter(1, index_TK, 1)
+    return (picked_TE > 0) & (picked_TE.cumsum(0) <= capacities_E.floor())
 
 
 def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.config import LayerConfig, LMConfig
 from models.ffn.experts import Experts
-from models.ffn.moe_plus_plus import LOGITS, MoEPlusPlus, MoEPlusPlusConfig, capacity, kept_picks
+from models.ffn.moe_plus_plus import LOGITS, MoEPlusPlus, MoEPlusPlusConfig
 from models.ffn.moe_plus_plus_released import MoEPlusPlusReleasedConfig
 from models.ffn.swiglu import SwiGLUConfig
 from models.lm import LM
@@ -221,14 +221,6 @@ def test_released_gating_on_scaled_logits() -> None:
     torch.testing.assert_close(routing.logits_BTE.std(-1), torch.full((1, 5), 0.5, dtype=torch.float64))
     top = routing.logits_BTE.sort(-1, descending=True).values[..., :2]
     torch.testing.assert_close(routing.weights_BTK, top.exp() / top.exp().sum(-1, keepdim=True))
-
-
-def test_capacity_gives_experts_without_computation_more_room() -> None:
-    config = MoEPlusPlusConfig(8, 3, tau=0.5)
-    ffn, free = capacity(config, tokens=160, gamma=1.0)
-    assert (ffn, free) == (10.0, 20.0)
-    kept = kept_picks(torch.tensor([[0, 1], [0, 2], [0, 1]]), torch.tensor([2.9, 1.0, 5.0]))
-    assert kept.tolist() == [[True, True, False], [True, False, True], [False, False, False]]
 
 
 @pytest.mark.parametrize(
