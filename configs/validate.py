@@ -10,6 +10,7 @@ import dataclasses
 import math
 import typing
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
@@ -17,7 +18,9 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from configs.errors import ConfigError, at, did_you_mean, shown
 from configs.structure import instantiate, is_slot, is_union, member, structured, without_none
 
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+WORDS = MappingProxyType(
+    {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+)
 # float32's largest number, and its smallest with all digits: processors may take smaller ones for 0.
 LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch.distributed.elastic.rendezvous.registry as rendezvous
@@ -29,12 +29,14 @@ from trainer.process import AGENT
 from trainer.signals import Stop
 
 # What the processes of a run take as "save and end". Ctrl-C and the end of a terminal session come to the agent alone.
-ASKS = {
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGUSR1: signal.SIGUSR1,
-    signal.SIGINT: signal.SIGTERM,
-    signal.SIGHUP: signal.SIGTERM,
-}
+ASKS = MappingProxyType(
+    {
+        signal.SIGTERM: signal.SIGTERM,
+        signal.SIGUSR1: signal.SIGUSR1,
+        signal.SIGINT: signal.SIGTERM,
+        signal.SIGHUP: signal.SIGTERM,
+    }
+)
 # torchrun's names for the signals that end everything at once.
 ENDS, SAVING_ENDS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT", "SIGQUIT"
 

@@ -1,15 +1,18 @@
 """Which models can generate: those whose plug-ins all say that they are causal, incremental and batch-independent."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 
 from models.config import LMConfig
 from models.plugin import plugins_in
 
-REASONS = {
-    "causal": "its output for a token depends on later tokens, which do not exist yet",
-    "batch_independent": "its output for a sequence depends on the others in the batch",
-    "incremental": "it cannot continue from what it has seen before",
-}
+REASONS = MappingProxyType(
+    {
+        "causal": "its output for a token depends on later tokens, which do not exist yet",
+        "batch_independent": "its output for a sequence depends on the others in the batch",
+        "incremental": "it cannot continue from what it has seen before",
+    }
+)
 
 
 def refusals(config: LMConfig) -> Iterator[str]:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from launch.command import Command
@@ -109,8 +110,10 @@ def shown_bytes(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-COMMAND = {
-    "ls": Command("list a run's checkpoints: steps, sizes, whether files are missing", list_arguments, ls),
-    "verify": Command("compare every file of checkpoints with its hash", list_arguments, verify),
-    "show": Command("show a checkpoint's tensors, config and mesh", list_arguments, show),
-}
+COMMAND = MappingProxyType(
+    {
+        "ls": Command("list a run's checkpoints: steps, sizes, whether files are missing", list_arguments, ls),
+        "verify": Command("compare every file of checkpoints with its hash", list_arguments, verify),
+        "show": Command("show a checkpoint's tensors, config and mesh", list_arguments, show),
+    }
+)

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 from launch.command import Command, config_arguments
 
@@ -55,8 +56,10 @@ def write_schema(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMAND = {
-    "show": Command("print a config as it would run, with every default", config_arguments, show),
-    "validate": Command("check configs without running them", validate_arguments, validate),
-    "schema": Command("write the JSON schema of configs, for editors", schema_arguments, write_schema),
-}
+COMMAND = MappingProxyType(
+    {
+        "show": Command("print a config as it would run, with every default", config_arguments, show),
+        "validate": Command("check configs without running them", validate_arguments, validate),
+        "schema": Command("write the JSON schema of configs, for editors", schema_arguments, write_schema),
+    }
+)

@@ -1,6 +1,7 @@
 """`weft data`: look at prepared data."""
 
 import argparse
+from types import MappingProxyType
 
 from launch.command import Command
 
@@ -25,7 +26,11 @@ def verify(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMAND = {
-    "show": Command("say what prepared data hold: counts, tokenizer, first and last text", arguments, show),
-    "verify": Command("read prepared data whole: hashes, counts, and every token in the vocabulary", arguments, verify),
-}
+COMMAND = MappingProxyType(
+    {
+        "show": Command("say what prepared data hold: counts, tokenizer, first and last text", arguments, show),
+        "verify": Command(
+            "read prepared data whole: hashes, counts, and every token in the vocabulary", arguments, verify
+        ),
+    }
+)

@@ -5,6 +5,8 @@ E experts, K picks.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -73,7 +75,7 @@ class SigmoidTopK(TopK):
         return Routing(logits_BTE, normalized(scores_BTE), *self.pick(scores_BTE, bias_E))
 
 
-SELECTIONS: dict[str, type[TopK]] = {"softmax": SoftmaxTopK, "sigmoid": SigmoidTopK}
+SELECTIONS: Mapping[str, type[TopK]] = MappingProxyType({"softmax": SoftmaxTopK, "sigmoid": SigmoidTopK})
 
 
 def normalized(weights: Tensor) -> Tensor:

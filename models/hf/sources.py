@@ -9,13 +9,16 @@ import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 OURS = ("configs", "models")
 REQUIRED = frozenset({"torch", "transformers", "safetensors", "numpy"})  # what has to be there to load any model
 
 # The files that transformers looks for keep the names that it expects.
-NAMES = {"models.hf.configuration_weft": "configuration_weft", "models.hf.modeling_weft": "modeling_weft"}
+NAMES = MappingProxyType(
+    {"models.hf.configuration_weft": "configuration_weft", "models.hf.modeling_weft": "modeling_weft"}
+)
 
 
 class Sources(NamedTuple):

@@ -5,12 +5,13 @@ A run that is resumed, on whatever mesh, therefore goes on where it was.
 
 import dataclasses
 import re
+from types import MappingProxyType
 
 from models.plugin import Plugin
 
 # A whole number is optimiser steps; text is tokens, such as "200M" or "1.5B tokens".
 Length = int | str
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+UNITS = MappingProxyType({"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12})
 TOKENS = re.compile(r"(\d+(?:\.\d+)?)\s*([KMBT]?)(\s*tokens)?")
 
 

@@ -10,11 +10,13 @@ from typing import Literal
 
 from trainer.schedule.base import Length, ScheduleConfig, Span, check_length, check_ratio
 
-SHAPES = {
-    "linear": lambda x: 1 - x,
-    "sqrt": lambda x: 1 - math.sqrt(x),
-    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
-}
+SHAPES = MappingProxyType(
+    {
+        "linear": lambda x: 1 - x,
+        "sqrt": lambda x: 1 - math.sqrt(x),
+        "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
