@@ -53,13 +53,13 @@ def processes(args: argparse.Namespace, mesh: "MeshConfig") -> int:
     if args.nproc is None and size % args.nodes:
         raise ValueError(
             f"--nodes {args.nodes} cannot share the {size} processes of the mesh {mesh}; use a number that divides "
-            f"{size}, or another mesh, such as mesh.fsdp={args.nodes}"
+            f"{size}, or a mesh of a multiple of {args.nodes} processes"
         )
     if args.nproc is not None and started != size:
         nodes = f"--nodes {args.nodes} x " if args.nodes > 1 else ""
         raise ValueError(
             f"{nodes}--nproc {args.nproc} makes {started} processes and the mesh {mesh} takes {size}; leave --nproc "
-            f"out, or change the mesh, such as mesh.fsdp={started}"
+            f"out, or give a mesh of {started} processes"
         )
     return args.nproc or size // args.nodes
 

@@ -236,7 +236,7 @@ def refuse_combination(config: LMConfig, mesh: MeshConfig, settings: Settings) -
     if mesh.world_size > MOST_RANKS:
         raise ValueError(
             f"the mesh takes {mesh.world_size} processes and a check runs them all on this machine, at most "
-            f"{MOST_RANKS}; check smaller degrees, such as 2 of each"
+            f"{MOST_RANKS}; check degrees whose product is no more than that"
         )
     config.residual.check_dtype(settings.dtype)
     refuse(config, mesh)

@@ -25,7 +25,8 @@ class MeshConfig:
 
     dp: replicas. fsdp: ranks that share one copy of the parameters. hsdp: "RxS", the same as dp=R with fsdp=S.
     tp: tensor and sequence. cp: context (Ulysses). ep: experts, over ranks that the other degrees provide.
-    etp: expert tensor. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved, zero_bubble, zbv or dualpipev.
+    etp: expert tensor, not built yet. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved, zero_bubble, zbv or
+    dualpipev.
     """
 
     dp: int = 1
@@ -55,19 +56,19 @@ class MeshConfig:
             raise ValueError(f"schedule is {self.schedule!r}; {hint}the schedules are {', '.join(SCHEDULES)}")
         if self.schedule != "1f1b" and self.pp == 1:
             raise ValueError(
-                f"schedule={self.schedule} needs pipeline ranks; add pp=2, or leave schedule out (1f1b is its default)"
+                f"schedule={self.schedule} is for pipeline ranks, and pp is 1; leave schedule out, or give pp too"
             )
         if self.world_size > MOST_RANKS:
             raise ValueError(f"the degrees multiply to {self.world_size} ranks; a mesh has at most {MOST_RANKS}")
         if self.etp != 1:
-            raise ValueError(
-                f"etp is {self.etp}; expert tensor parallelism is not built yet, use ep={self.etp} instead"
-            )
+            raise ValueError(f"etp is {self.etp}; expert tensor parallelism is not built yet, so leave etp out")
         if self.stage_size % self.ep:
             fits = max(n for n in range(1, min(self.ep, self.stage_size) + 1) if self.stage_size % n == 0)
+            times = self.ep // math.gcd(self.ep, self.stage_size)
+            more = f"hsdp={self.replicate * times}x{self.shard}" if self.hsdp else f"dp={self.dp * times}"
             raise ValueError(
                 f"ep is {self.ep}, which must divide dp x fsdp x cp x tp = {self.stage_size}, whose ranks it borrows; "
-                f"use ep={fits}, or dp={self.dp * self.ep // math.gcd(self.ep, self.stage_size)}"
+                f"use ep={fits}" + (f", or {more}" if self.world_size * times <= MOST_RANKS else "")
             )
 
     @property

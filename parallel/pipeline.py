@@ -66,10 +66,12 @@ def refuse(mesh: MeshConfig, num_layers: int, micro_batches: int) -> None:
     if stages > num_layers:
         one = stages == mesh.pp
         fit = "" if one else f" (two per rank under {mesh.schedule})"
+        most = num_layers * mesh.pp // stages
+        alone = "pp=1" if mesh.schedule == "1f1b" else "pp=1 without a schedule"
         raise ValueError(
             f"pp={mesh.pp} makes {stages} stages{fit} and the number of layers is {num_layers}; "
-            f"use pp={num_layers * mesh.pp // stages or 1}"
-            + ("" if one else ", or a schedule with one stage per rank such as 1f1b")
+            f"use {f'pp={most}' if most > 1 else alone}"
+            + (", or a schedule with one stage per rank such as 1f1b" if not one and mesh.pp <= num_layers else "")
         )
     if mesh.schedule in ("interleaved", "zero_bubble") and micro_batches % mesh.pp:
         up = -(-micro_batches // mesh.pp) * mesh.pp

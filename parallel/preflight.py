@@ -1,6 +1,9 @@
 """Whether a model fits a mesh: every refusal before anything is allocated, in one sentence with the way out."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -8,34 +11,67 @@ from torch import nn
 from configs.structure import instantiate
 from models.config import LMConfig
 from models.lm import LM
-from models.params import Parts, named_specs
+from models.params import Axis, Parts, named_specs
 from models.slots import FFNConfig
 from parallel import pipeline
 from parallel.mesh import MeshConfig
-from parallel.shards import EXPERT_AXES, TENSOR_AXES, fits, refuse_uneven
+from parallel.shards import EXPERT_AXES, TENSOR_AXES, fits
+
+HEAD_AXES = ("heads", "kv_heads")
+SPLIT = MappingProxyType({"tp": TENSOR_AXES, "ep": EXPERT_AXES, "cp": HEAD_AXES})
 
 
 def refuse(config: LMConfig, mesh: MeshConfig) -> None:
     """Raise ValueError with the first reason why the mesh cannot hold the model."""
     with torch.device("meta"):
         model = LM(config)
-    refuse_uneven(model, {"tp": mesh.tp, "ep": mesh.ep})
-    if mesh.pp > 1:
-        pipeline.refuse(mesh, len(config.expanded), micro_batches=2 * mesh.pp)
     if mesh.tp > 1:
         refuse_unsplit(model)
-    if mesh.cp > 1:
-        refuse_heads(model, mesh)
     if mesh.ep > 1 and not has_experts(model):
         others = FFNConfig.such_as(lambda kind: has_experts(example(kind, config)))
         raise ValueError(f"ep is {mesh.ep} and the model has no experts; use ep=1, or an ffn with experts{others}")
+    refuse_uneven(model, mesh, "tp")
+    refuse_uneven(model, mesh, "ep")
+    refuse_heads(model, mesh)
+    if mesh.pp > 1:
+        pipeline.refuse(mesh, len(config.expanded), micro_batches=2 * mesh.pp)
+
+
+def all_axes(module: nn.Module) -> Iterator[tuple[str, Axis]]:
+    """(parameter's name, axis) of every dimension that names one."""
+    for name, _, _, spec in named_specs(module):
+        for dim in spec.axes:
+            axes = dim.axes if isinstance(dim, Parts) else (dim,)
+            yield from ((name, axis) for axis in axes if axis is not None)
+
+
+def uneven(model: LM, mesh: MeshConfig, key: str) -> list[tuple[str, Axis]]:
+    """(parameter's name, axis) of what does not split evenly over the ranks of `key`: tp, ep, or cp with tp."""
+    count = mesh.tp * mesh.cp if key == "cp" else getattr(mesh, key)
+    return [(name, axis) for name, axis in all_axes(model) if axis.name in SPLIT[key] and not fits(axis, count)]
+
+
+def nearest(model: LM, mesh: MeshConfig, key: str) -> int:
+    """The largest smaller degree of `key` that splits evenly; one after which nothing is uneven, if there is one."""
+    axes = {axis for _, axis in all_axes(model) if axis.name in SPLIT[key]}
+    times = mesh.tp if key == "cp" else 1
+    smaller = range(getattr(mesh, key) - 1, 0, -1)
+    even = [degree for degree in smaller if all(fits(axis, degree * times) for axis in axes)]
+    return next((degree for degree in even if holds(model, mesh, key, degree)), even[0])
+
+
+def holds(model: LM, mesh: MeshConfig, key: str, degree: int) -> bool:
+    """Whether there can be a mesh with this degree of `key`, and the model splits evenly over it."""
+    try:
+        other = dataclasses.replace(mesh, **{key: degree})
+    except ValueError:
+        return False
+    return not any(uneven(model, other, split) for split in SPLIT)
 
 
 def axes_of(module: nn.Module) -> set[str]:
     """The names of all axes that a module's parameters declare."""
-    dims = [dim for _, _, _, spec in named_specs(module) for dim in spec.axes]
-    axes = [axis for dim in dims for axis in (dim.axes if isinstance(dim, Parts) else (dim,))]
-    return {axis.name for axis in axes if axis is not None}
+    return {axis.name for _, axis in all_axes(module)}
 
 
 def has_experts(module: nn.Module) -> bool:
@@ -66,15 +102,26 @@ def refuse_unsplit(model: LM) -> None:
                 )
 
 
+def refuse_uneven(model: LM, mesh: MeshConfig, key: str) -> None:
+    """Whole heads, rows of the vocabulary and so on for each tensor rank, and whole experts for each expert rank."""
+    wrong = uneven(model, mesh, key)
+    if not wrong:
+        return
+    name, axis = wrong[0]
+    degree = getattr(mesh, key)
+    # More heads than there are might break what their mixer asks of them.
+    free = axis.name not in HEAD_AXES and all(other == axis for _, other in wrong)
+    raise ValueError(
+        f"{key} is {degree}, which does not divide the {axis.groups} {axis.name} of {name}; "
+        f"use {key}={nearest(model, mesh, key)}"
+        + (f", or {math.ceil(axis.groups / degree) * degree} {axis.name}" if free else "")
+    )
+
+
 def refuse_heads(model: LM, mesh: MeshConfig) -> None:
     """Ulysses gives each context rank whole heads of what tensor ranks hold."""
-    degree = mesh.tp * mesh.cp
-    for name, _, _, spec in named_specs(model):
-        parts = [axis for axes in spec.axes for axis in (axes.axes if isinstance(axes, Parts) else (axes,))]
-        for axis in filter(None, parts):
-            if axis.name in ("heads", "kv_heads") and not fits(axis, degree):
-                near = max(n for n in range(1, min(mesh.cp, axis.groups) + 1) if fits(axis, mesh.tp * n))
-                raise ValueError(
-                    f"cp={mesh.cp} with tp={mesh.tp} needs {degree} to divide the {axis.groups} {axis.name} of {name}; "
-                    f"use cp={near}"
-                )
+    for name, axis in uneven(model, mesh, "cp"):
+        raise ValueError(
+            f"cp={mesh.cp} with tp={mesh.tp} needs {mesh.tp * mesh.cp} to divide the {axis.groups} {axis.name} of "
+            f"{name}; use cp={nearest(model, mesh, 'cp')}"
+        )

@@ -6,7 +6,6 @@ gives several ranks the same piece.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import torch
@@ -139,32 +138,6 @@ def place(out: Tensor, segments: tuple[Segments, ...], value: Tensor) -> None:
     """Copy `value` to the positions of `out` that `segments` name."""
     grid = [torch.cat([torch.arange(start, start + length) for start, length in runs]) for runs in segments]
     out[torch.meshgrid(*grid, indexing="ij")] = value
-
-
-def refuse_uneven(model: LM, mesh_axes: dict[str, int]) -> None:
-    """Raise ValueError naming the parameter and the nearest degree that divides. mesh_axes: the tp and ep degrees."""
-    for key, names in (("tp", TENSOR_AXES), ("ep", EXPERT_AXES)):
-        found = [(name, axis) for name, axis in all_axes(model) if axis.name in names]
-        degree = mesh_axes[key]
-        wrong = [(name, axis) for name, axis in found if not fits(axis, degree)]
-        if not wrong:
-            continue
-        name, axis = wrong[0]
-        near = max(n for n in range(1, degree) if all(fits(other, n) for _, other in found))
-        more = math.ceil(axis.groups / degree) * degree
-        alone = all(other == axis for _, other in wrong)
-        raise ValueError(
-            f"{key} is {degree}, which does not divide the {axis.groups} {axis.name} of {name}; "
-            f"use {key}={near}" + (f", or {more} {axis.name}" if alone else "")
-        )
-
-
-def all_axes(model: LM) -> Iterator[tuple[str, Axis]]:
-    """(parameter's name, axis) of everything that may be split."""
-    for name, _, _, spec in named_specs(model):
-        for dim, axes in enumerate(spec.axes):
-            parts = axes if isinstance(axes, Parts) else Parts((spec.shape[dim],), (axes,))
-            yield from ((name, axis) for axis in parts.axes if axis is not None)
 
 
 def fits(axis: Axis, degree: int) -> bool:

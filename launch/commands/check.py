@@ -56,7 +56,7 @@ def asked(args: argparse.Namespace) -> "tuple[LMConfig, MeshConfig, Settings]":
 
     mesh = MeshConfig.parse(args.mesh)
     if mesh.world_size == 1:
-        raise ValueError(f"--mesh {args.mesh!r} is one process, with nothing to compare; give a mesh such as tp=2")
+        raise ValueError(f"--mesh {args.mesh!r} is one process, with nothing to compare; give a mesh such as dp=2")
     if args.length < 1:
         raise ValueError(f"--length is {args.length}; it must be at least 1")
     config = load_model(args.config, args.overrides)

@@ -154,7 +154,7 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
         ),
         (
             "mesh.schedule=zbv",
-            "mesh: schedule=zbv needs pipeline ranks; add pp=2, or leave schedule out (1f1b is its default)",
+            "mesh: schedule=zbv is for pipeline ranks, and pp is 1; leave schedule out, or give pp too",
         ),
         ("mesh.dp=2000000", "mesh: dp is 2000000; a mesh has at most 1048576 ranks"),
         ("mesh={dp: 2048, tp: 2048}", "mesh: the degrees multiply to 4194304 ranks; a mesh has at most 1048576"),

@@ -78,7 +78,7 @@ def test_a_check_refuses_a_type_that_cannot_hold_the_model(capsys: pytest.Captur
 
 @pytest.mark.parametrize("mesh", ["", "tp=1", "pp=1,dp=1"])
 def test_a_check_needs_several_ranks(capsys: pytest.CaptureFixture[str], mesh: str) -> None:
-    sentence = f"--mesh '{mesh}' is one process, with nothing to compare; give a mesh such as tp=2"
+    sentence = f"--mesh '{mesh}' is one process, with nothing to compare; give a mesh such as dp=2"
     assert refused(capsys, "check", CONFIG, "--mesh", mesh) == sentence
 
 
@@ -171,18 +171,17 @@ def test_the_module_refuses_what_the_command_refuses(capsys: pytest.CaptureFixtu
     [
         (
             ["--nproc", "3"],
-            "--nproc 3 makes 3 processes and the mesh tp=2 takes 2; leave --nproc out, or change the mesh, "
-            "such as mesh.fsdp=3",
+            "--nproc 3 makes 3 processes and the mesh tp=2 takes 2; leave --nproc out, or give a mesh of 3 processes",
         ),
         (
             ["--nodes", "2", "--nproc", "2"],
-            "--nodes 2 x --nproc 2 makes 4 processes and the mesh tp=2 takes 2; leave --nproc out, or change the mesh, "
-            "such as mesh.fsdp=4",
+            "--nodes 2 x --nproc 2 makes 4 processes and the mesh tp=2 takes 2; leave --nproc out, or give a mesh "
+            "of 4 processes",
         ),
         (
             ["--nodes", "3"],
-            "--nodes 3 cannot share the 2 processes of the mesh tp=2; use a number that divides 2, or another mesh, "
-            "such as mesh.fsdp=3",
+            "--nodes 3 cannot share the 2 processes of the mesh tp=2; use a number that divides 2, or a mesh of a "
+            "multiple of 3 processes",
         ),
         (
             ["--nodes", "2"],

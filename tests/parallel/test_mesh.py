@@ -21,9 +21,11 @@ from tests.contract.tiny import build
         ("hsdp=0x2", "hsdp is '0x2'; write replicas x shards"),
         ("hsdp=2x2,dp=2", "hsdp=2x2 already says dp and fsdp"),
         ("pp=2,schedule=zvb", "schedule is 'zvb'; did you mean zbv?"),
-        ("schedule=zbv", "schedule=zbv needs pipeline ranks; add pp=2"),
-        ("etp=2", "etp is 2; expert tensor parallelism is not built yet, use ep=2 instead"),
+        ("schedule=zbv", "schedule=zbv is for pipeline ranks, and pp is 1; leave schedule out, or give pp too"),
+        ("etp=2", "etp is 2; expert tensor parallelism is not built yet, so leave etp out"),
         ("dp=2,ep=4", "ep is 4, which must divide dp x fsdp x cp x tp = 2, whose ranks it borrows; use ep=2, or dp=4"),
+        ("hsdp=1x2,ep=4", "use ep=2, or hsdp=2x2"),
+        ("dp=1048573,ep=2", "use ep=1"),
     ],
 )
 def test_refused_meshes(text: str, message: str) -> None:
@@ -51,7 +53,7 @@ def test_refused_meshes(text: str, message: str) -> None:
         (
             "pp=4,schedule=zbv",
             build(),
-            "pp=4 makes 8 stages (two per rank under zbv) and the number of layers is 4; use pp=2",
+            "pp=4 makes 8 stages (two per rank under zbv) and the number of layers is 4; use pp=2, or a schedule with",
         ),
     ],
 )
