@@ -1,5 +1,6 @@
 """What every tracked file keeps to; the linters check the rest."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -13,6 +14,8 @@ LINES = 350
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
 # A path that exists on one person's machine only. Longer words and URLs that contain such a part are fine.
 PERSONAL = re.compile(r"(?<![\w.\-/])/(home|root|Users|work)/[\w.\-]+")
+# What a link in Markdown leads to inside the repository, without the heading behind #.
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)")
 
 
 def tracked() -> list[Path]:
@@ -58,6 +61,35 @@ def test_python_is_ascii_without_tabs(texts: dict[str, str]) -> None:
 
 def test_no_path_of_one_machine(texts: dict[str, str]) -> None:
     assert places(texts, PERSONAL) == []
+
+
+def pages_from(page: Path, texts: dict[str, str]) -> set[str]:
+    """The pages that the links of `page` lead to; one to a folder leads to all that is in it."""
+    found = set()
+    for target in LINK.findall(texts[page.as_posix()]):
+        place = os.path.normpath(page.parent / target)
+        found |= {name for name in texts if name.endswith(".md") and (name == place or name.startswith(f"{place}/"))}
+    return found
+
+
+def test_every_page_can_be_reached_from_the_readme(texts: dict[str, str]) -> None:
+    reached, waiting = set(), {"README.md"}
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        waiting |= pages_from(Path(page), texts) - reached
+    assert {name for name in texts if name.startswith("docs/") and name.endswith(".md")} - reached == set()
+
+
+def test_links_between_pages_lead_somewhere(texts: dict[str, str]) -> None:
+    broken = [
+        f"{name}: {target}"
+        for name, text in texts.items()
+        if name.endswith(".md")
+        for target in LINK.findall(text)
+        if not (ROOT / name).parent.joinpath(target).exists()
+    ]
+    assert broken == []
 
 
 def test_text_files_end_in_one_newline(texts: dict[str, str]) -> None:
