@@ -1,33 +1,71 @@
-"""How much of a long piece of work is done, and when the rest will be."""
+"""How much of long work is done, and when the rest will be: a bar on a terminal, a line at times in a log."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 SILENCE = 30.0  # seconds between two lines where there is no terminal
 
 
+def counting(console: Console, what: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """Shows how many of `total` are done and the time that is left; what it gives is called with how many more are."""
+
+    def line(done: int, seconds: float) -> str:
+        return f"{done:,} of {total:,}"
+
+    return advancing(console, what, total, (MofNCompleteColumn(),), line, transient=True)
+
+
+def counting_bytes(console: Console, what: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """The same of bytes, with their speed."""
+
+    def line(done: int, seconds: float) -> str:
+        return f"{decimal(done)} of {decimal(total)}, {done / seconds / 1e6:.1f} MB/s"
+
+    return advancing(console, what, total, (DownloadColumn(), TransferSpeedColumn()), line, transient=False)
+
+
 @contextlib.contextmanager
-def counting(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how many of `total` are done and the time that is left; a terminal gets a bar, a log a line at times."""
+def advancing(
+    console: Console,
+    what: str,
+    total: int,
+    columns: tuple[ProgressColumn, ...],
+    line: Callable[[int, float], str],
+    transient: bool,
+) -> Iterator[Callable[[int], None]]:
+    """columns: of the bar, for how much is done. line: the same in a log, of what is done and the seconds it took.
+    transient: whether the bar goes when all is done."""
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
+        shown = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+        with Progress(*shown, console=console, transient=transient) as bar:
             task = bar.add_task(what, total=total)
-            yield lambda count: bar.advance(task, count)
+            yield lambda size: bar.advance(task, size)
         return
     began = said = time.monotonic()
     done = 0
 
-    def advance(count: int) -> None:
+    def advance(size: int) -> None:
         nonlocal done, said
-        done += count
+        done += size
         now = time.monotonic()
-        if now - said >= SILENCE and done < total:
-            said, left = now, (now - began) * (total - done) / done
-            console.print(f"{what}: {done:,} of {total:,}, {left:.0f} s left", soft_wrap=True)
+        if now - said >= SILENCE and done:
+            # A total in bytes may be an estimate, and less than there is.
+            left = max(0, total - done) * (now - began) / done
+            console.print(f"{what}: {line(done, now - began)}, {left:.0f} s left", soft_wrap=True)
+            said = now
 
     yield advance

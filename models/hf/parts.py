@@ -132,3 +132,11 @@ def ffns_of(fields: Mapping[str, Any], **settings: Any) -> list[SwiGLUConfig | M
         )
         found.append(moe)
     return found
+
+
+def whole_heads(config: LMConfig, kind: str) -> str | None:
+    """Why a class that asks d_model to be a multiple of num_heads refuses a model, or None."""
+    heads = first(config, AttentionConfig).num_heads
+    if config.d_model % heads == 0:
+        return None
+    return f"d_model {config.d_model} is not a multiple of num_heads {heads}, which {kind} asks for"

@@ -95,6 +95,15 @@ def build(num_layers: int = 4, **fields: Any) -> LMConfig:
     return instantiate(LMConfig, {"layers": {"A": layer}, **data})
 
 
+def hybrid() -> LMConfig:
+    """A layer of gated DeltaNet and one of attention with experts, in hyper-connections."""
+    layers = {
+        "A": {"mixer": plain("mixer", "attention"), "ffn": plain("ffn", "moe")},
+        "G": {"mixer": plain("mixer", "gated_deltanet"), "ffn": plain("ffn", "swiglu")},
+    }
+    return build(layers=layers, pattern="GA", num_layers=1, residual="hyper")
+
+
 def of_kind(slot: str, kind: str) -> LMConfig:
     fields: dict[str, Any] = {slot: kind}
     return build(**fields)

@@ -41,15 +41,7 @@ CASES: dict[str, LMConfig] = {f"{slot}-{kind}": tiny.of_kind(slot, kind) for slo
 CASES |= {f"drawn-{seed}": tiny.draw(seed) for seed in range(3)}
 CASES["tied"] = tiny.build(num_layers=1, tie_embeddings=True)
 # Last, because `user.more` takes the last: buffers, a recurrent and a growing cache.
-CASES["hybrid"] = tiny.build(
-    layers={
-        "A": {"mixer": tiny.plain("mixer", "attention"), "ffn": tiny.plain("ffn", "moe")},
-        "G": {"mixer": tiny.plain("mixer", "gated_deltanet"), "ffn": tiny.plain("ffn", "swiglu")},
-    },
-    pattern="GA",
-    num_layers=1,
-    residual="hyper",
-)
+CASES["hybrid"] = tiny.hybrid()
 
 
 PLUGIN = """

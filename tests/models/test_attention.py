@@ -11,11 +11,11 @@ from models.config import LayerConfig
 from models.context import LayerContext
 from models.ffn.swiglu import SwiGLUConfig
 from models.mixers.attention import Attention, AttentionConfig
-from models.params import initialize
 from models.rope import angles, rotate_half, rotate_interleaved
 from models.slots import Cache
 from models.state import Side, Views
 from tests.models.mixers import WIDTH, run, side_of, stream
+from tests.models.weights import randomize
 
 CONFIGS = {
     "plain": AttentionConfig(num_heads=2),
@@ -34,11 +34,7 @@ def build(config: AttentionConfig) -> Attention:
     layers = (LayerConfig(config, SwiGLUConfig(1)),)
     mixer = config.build(LayerContext(WIDTH, 0, layers, norm_eps=1e-6))
     assert isinstance(mixer, Attention)
-    initialize(mixer, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.6)
+    randomize(mixer, 0.6)
     return mixer.double()
 
 

@@ -15,6 +15,7 @@ from models.params import initialize, named_specs
 from models.slots import Cache
 from models.state import Views
 from tests.models.mixers import WIDTH, run, side_of, stream
+from tests.models.weights import randomize
 
 PLAIN = GatedDeltaNetConfig(num_heads=2, head_dim=4, expand_v=1.5)
 GROUPED = GatedDeltaNetConfig(
@@ -28,12 +29,7 @@ def build(config: GatedDeltaNetConfig, dtype: torch.dtype = torch.float64) -> Ga
     layers = (LayerConfig(config, SwiGLUConfig(1)),)
     mixer = config.build(LayerContext(WIDTH, 0, layers, norm_eps=1e-6))
     assert isinstance(mixer, GatedDeltaNet)
-    initialize(mixer, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in mixer.named_parameters():
-            if name.endswith("weight"):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    randomize(mixer, 0.5, ending="weight")
     return mixer.to(dtype)
 
 

@@ -15,6 +15,7 @@ from models.lm import LM
 from models.mixers.attention import AttentionConfig
 from models.params import Normal, initialize
 from models.state import Result, Side
+from tests.models.weights import randomize
 
 LOSSES: dict[str, Any] = {"aux_coef": 0.3, "z_coef": 0.2}
 SIZES = {
@@ -34,11 +35,7 @@ def make(config: MoEConfig, d_model: int, dtype: torch.dtype = torch.float64) ->
     model = LMConfig(2, d_model, {"M": LayerConfig(AttentionConfig(1, rope="none"), config)}, "M")
     module = config.build(model.context(0))
     assert isinstance(module, MoE)
-    initialize(module, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
+    randomize(module, 0.7)
     return module.to(dtype)
 
 

@@ -130,15 +130,7 @@ def test_more_context_is_what_a_smaller_stride_gives(capsys: pytest.CaptureFixtu
 
 
 CASES = {name: native_cases.CASES[name] for name in ("qwen3", "qwen3_moe", "qwen3_next")}
-CASES["weft"] = tiny.build(
-    layers={
-        "A": {"mixer": tiny.plain("mixer", "attention"), "ffn": tiny.plain("ffn", "moe")},
-        "G": {"mixer": tiny.plain("mixer", "gated_deltanet"), "ffn": tiny.plain("ffn", "swiglu")},
-    },
-    pattern="GA",
-    num_layers=1,
-    residual="hyper",
-)
+CASES["weft"] = tiny.hybrid()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from trainer.data.manifest import FORMAT, MANIFEST
 from trainer.data.merge import merge
-from trainer.data.pool import progress, unordered
+from trainer.data.pool import unordered
 from trainer.data.prepare_config import PrepareConfig
 from trainer.data.sample import chosen_units, sample
 from trainer.data.shards import Shard, tokenize
@@ -21,6 +21,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokenizers.sentencepiece import SentencePiece, TokenizerConfig
 from trainer.data.workfiles import publishing
 from trainer.durable import sync_file, sync_folder
+from trainer.progress import counting_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Job:
         )
 
     def scan(self, tasks: list[Unit]) -> list[Scanned]:
-        with progress(self.console, "reading", sum(unit.size for unit in tasks)) as advance:
+        with counting_bytes(self.console, "reading", sum(unit.size for unit in tasks)) as advance:
             folder, wanted, found = self.work / "scan", self.config.choice.wanted, []
             arguments = ((unit, self.config.text_key, wanted, folder) for unit in tasks)
             for result in unordered(scan, arguments, self.workers):
@@ -90,7 +91,7 @@ class Job:
         assert isinstance(self.config.tokenizer, TokenizerConfig)
         limit = self.config.tokenizer.sample_bytes
         total = sum(scanned[index].bytes for index in chosen_units(scanned, limit))
-        with progress(self.console, "training the tokenizer", total) as advance:
+        with counting_bytes(self.console, "training the tokenizer", total) as advance:
             texts = sample(tasks, scanned, self.config.text_key, split, limit, advance)
             first = next(texts, None)
             if first is None:
@@ -98,7 +99,7 @@ class Job:
             return SentencePiece.train(itertools.chain([first], texts), self.config.tokenizer)
 
     def tokenize(self, tasks: list[Unit], scanned: list[Scanned], split: Split, path: Path) -> list[Shard]:
-        with progress(self.console, "tokenizing", sum(unit.bytes for unit in scanned)) as advance:
+        with counting_bytes(self.console, "tokenizing", sum(unit.bytes for unit in scanned)) as advance:
             folder, found = self.work / "shards", []
             arguments = ((unit, self.config.text_key, split, str(path), folder) for unit in tasks)
             for shard in unordered(tokenize, arguments, self.workers):

@@ -1,22 +1,15 @@
-"""Work in several processes, with progress."""
+"""Work in several processes."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 T = TypeVar("T")
-SILENCE = 30.0  # seconds between two lines of progress where there is no terminal
 
 
 def unordered(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
@@ -59,30 +52,3 @@ def follow_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-@contextlib.contextmanager
-def progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows bytes done of `total`, speed and the time that is left; a terminal gets a bar, a log a line at times."""
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda size: bar.advance(task, size)
-        return
-    began = said = time.monotonic()
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done, said
-        done += size
-        now = time.monotonic()
-        if now - said >= SILENCE and done:
-            said, speed = now, done / (now - began)
-            left = max(0, total - done) / speed
-            console.print(
-                f"{what}: {decimal(done)} of {decimal(total)}, {speed / 1e6:.1f} MB/s, {left:.0f} s left",
-                soft_wrap=True,
-            )
-
-    yield advance

@@ -12,11 +12,11 @@ from rich.console import Console
 from trainer.data.check import open_data, refuse_outside, vocabulary
 from trainer.data.format import suffixes
 from trainer.data.manifest import split_of
-from trainer.data.pool import progress
 from trainer.data.shards import Writer
 from trainer.data.sources import find_files, units
 from trainer.data.split import documents
 from trainer.data.tokenizer import Tokenizer
+from trainer.progress import counting_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Stream:
         files = find_files(sources, suffixes())
         token_bytes, length_bytes = io.BytesIO(), io.BytesIO()
         writer, skipped = Writer(token_bytes, length_bytes, tokenizer), 0
-        with progress(console, "tokenizing", sum(file.bytes for file in files)) as advance:
+        with counting_bytes(console, "tokenizing", sum(file.bytes for file in files)) as advance:
             for unit in units(files, text_key):
                 for document in documents(unit, text_key):
                     if document is None:

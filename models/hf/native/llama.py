@@ -7,7 +7,7 @@ from models.config import LayerConfig, LMConfig
 from models.ffn.swiglu import SwiGLUConfig
 from models.hf.architecture import Architecture
 from models.hf.links import Link
-from models.hf.parts import attention_links, attention_of, ffn_links, first, model_keys, model_of
+from models.hf.parts import attention_links, attention_of, ffn_links, first, model_keys, model_of, whole_heads
 from models.mixers.attention import AttentionConfig
 
 
@@ -32,7 +32,4 @@ class Llama(Architecture, kind="llama"):
 
     @classmethod
     def limit(cls, config: LMConfig) -> str | None:
-        heads = first(config, AttentionConfig).num_heads
-        if config.d_model % heads == 0:
-            return None
-        return f"d_model {config.d_model} is not a multiple of num_heads {heads}, which llama asks for"
+        return whole_heads(config, cls.kind)

@@ -6,8 +6,7 @@ from typing import Any
 from models.config import LayerConfig, LMConfig
 from models.ffn.swiglu import SwiGLUConfig
 from models.hf.native.qwen3 import Qwen3, window_keys, windows_of
-from models.hf.parts import attention_of, first, model_keys, model_of
-from models.mixers.attention import AttentionConfig
+from models.hf.parts import attention_of, first, model_keys, model_of, whole_heads
 
 
 class Qwen2(Qwen3, kind="qwen2"):
@@ -27,7 +26,4 @@ class Qwen2(Qwen3, kind="qwen2"):
 
     @classmethod
     def limit(cls, config: LMConfig) -> str | None:
-        heads = first(config, AttentionConfig).num_heads
-        if config.d_model % heads == 0:
-            return None
-        return f"d_model {config.d_model} is not a multiple of num_heads {heads}, which qwen2 asks for"
+        return whole_heads(config, cls.kind)
