@@ -133,7 +133,7 @@ class Sublayer(nn.Module, Generic[Branch]):
             )
 
 
-def joined(index: int, *parts: tuple[bool, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def joined(layer: "Layer", *parts: tuple[bool, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """All losses of a layer. Each part says whether it has any, which pipeline stages plan by.
 
     Raises ValueError when a part does not do as it says, or two parts use one name: a loss would be lost in silence.
@@ -142,11 +142,11 @@ def joined(index: int, *parts: tuple[bool, Mapping[str, Tensor]]) -> dict[str, T
     for declared, losses in parts:
         if bool(losses) != declared:
             raise ValueError(
-                f"a part of layer {index} says has_losses={declared} and returns {sorted(losses) or 'no losses'}; "
-                "declare what it returns"
+                f"a part of layer {layer.index} says has_losses={declared} and returns {sorted(losses) or 'no losses'};"
+                " declare what it returns"
             )
         if twice := found.keys() & losses.keys():
-            raise ValueError(f"two parts of layer {index} return a loss named {min(twice)!r}; rename one")
+            raise ValueError(f"two parts of layer {layer.index} return a loss named {min(twice)!r}; rename one")
         found |= losses
     return found
 
@@ -206,7 +206,7 @@ class Layer(nn.Module):
         state, mixed = self.mixer({**state, **writes}, side, local, gate_BT, self.key_gate, cache)
         state, channel = self.ffn(state, side, local, gate_BT, False, None)
         losses = joined(
-            self.index,
+            self,
             (self.depth.has_losses, losses),
             (self.mixer.branch.has_losses, mixed.losses),
             (self.ffn.branch.has_losses, channel.losses),

@@ -61,11 +61,11 @@ class Views(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Views":
         """Apply `function` to each distinct tensor once."""
-        done: dict[int, Tensor] = {}
-        for view in self:
-            if id(view) not in done:
-                done[id(view)] = function(view)
-        return Views(*(done[id(view)] for view in self))
+        q_BTD = function(self.q_BTD)
+        k_BTD = q_BTD if self.k_BTD is self.q_BTD else function(self.k_BTD)
+        if self.v_BTD is self.q_BTD:
+            return Views(q_BTD, k_BTD, q_BTD)
+        return Views(q_BTD, k_BTD, k_BTD if self.v_BTD is self.k_BTD else function(self.v_BTD))
 
 
 class Result(NamedTuple):

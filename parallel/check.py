@@ -44,7 +44,8 @@ def adamw_step(engine: Engine) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The batch of a check. sequences: per data rank and micro-batch. update: the optimiser's step."""
+    """The batch of a check. sequences: per data rank and micro-batch. update: the optimiser's step. compile: the
+    mesh's side, while one process stays eager."""
 
     seed: int = 0
     length: int = 19
@@ -53,6 +54,7 @@ class Settings:
     packed: bool = True
     dtype: torch.dtype = torch.float64
     update: Callable[[Engine], None] = adamw_step
+    compile: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +210,7 @@ def run_rank(
     mesh = Mesh(mesh_config)
     count = micro_batches(mesh_config, settings)
     batch = share(make_batch(config, mesh_config, settings), count, mesh.data_rank, mesh.data_size)
-    engine = Engine(config, mesh, seed=settings.seed, dtype=settings.dtype)
+    engine = Engine(config, mesh, seed=settings.seed, dtype=settings.dtype, compile=settings.compile)
     step = take_step(engine, batch, count, reference.state, settings)
     floor = 1e-5 * max(float(g.abs().max()) for g in reference.gradients.values() if g.numel())
     return {

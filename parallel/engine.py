@@ -19,6 +19,7 @@ from models.config import LMConfig
 from models.lm import LM
 from models.loss import IGNORE
 from parallel import context, data, expert, gradients, pipeline, tensor
+from parallel.compiled import compile_layers
 from parallel.gradients import Held
 from parallel.mesh import Mesh, Ranks
 from parallel.precision import ComputeCopies, master
@@ -73,11 +74,14 @@ def pad(batch: Batch, multiple: int) -> Batch:
 
 class Engine:
     """dtype: of the computation; weights and gradients are kept in float32, or in float64 if it is that.
+    compile: the layers, with torch.compile.
 
     Raises ValueError, before anything is allocated, for a model that the mesh cannot hold.
     """
 
-    def __init__(self, config: LMConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: LMConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch.float32, compile: bool = False
+    ) -> None:
         self.config, self.mesh, self.dtype = config, mesh, dtype
         refuse(config, mesh.config)
         with torch.device("meta"):
@@ -95,6 +99,8 @@ class Engine:
             model.to_empty(device=mesh.device)
             fill(model, mesh, seed)
             reset_buffers(model)
+            if compile:
+                compile_layers(model)
         self.copies = [ComputeCopies(model, dtype, mesh.config.splits_backward) for model in self.models]
         self.shared = self._shared()
         self._schedules: dict[tuple[int, ...], object] = {}

@@ -104,7 +104,8 @@ class TrainConfig:
     log_every, eval_every, save_every: in steps, 0 is never; a run also saves its last step. eval_batches: global
     batches of an evaluation. keep_checkpoints: how many of the newest stay. keep_every: those at multiples of so many
     steps stay too, 0 is none. dtype: of the computation; bfloat16 keeps the weights, the sums of gradients and the
-    optimiser's state in float32. faults: what happens at a loss that is not finite. profile: some steps, null for none.
+    optimiser's state in float32. compile: the layers, with torch.compile; the first step then
+    takes longer. faults: what happens at a loss that is not finite. profile: some steps, null for none.
     """
 
     steps: int
@@ -117,6 +118,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     keep_every: int = 0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    compile: bool = False
     faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
     profile: ProfileConfig | None = None
 

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from parallel.compiled import refuse_compile
 from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
+from trainer.allocator import keep_freed_memory
 from trainer.config import RunConfig
 
 # The environment variable in which an agent leaves its process id.
@@ -38,6 +40,8 @@ def joined(config: MeshConfig) -> Iterator[Mesh]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        keep_freed_memory()
     if "WORLD_SIZE" not in os.environ:
         yield Mesh(config, device)
         return
@@ -50,5 +54,12 @@ def joined(config: MeshConfig) -> Iterator[Mesh]:
 
 
 def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """The run's model on the mesh, with its initial weights."""
-    return Engine(config.model, mesh, seed=config.run.seed, dtype=getattr(torch, config.train.dtype))
+    """The run's model on the mesh, with its initial weights.
+
+    Raises ValueError for a mesh that cannot hold the model, and where it is to be compiled and cannot be.
+    """
+    train = config.train
+    if train.compile:
+        refuse_compile(mesh.device)
+    dtype = getattr(torch, train.dtype)
+    return Engine(config.model, mesh, seed=config.run.seed, dtype=dtype, compile=train.compile)

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", required=True, help='such as "tp=2,pp=2,schedule=zbv"')
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="default: %(default)s")
     parser.add_argument("--length", type=int, default=19, help="tokens of a sequence (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="the mesh's side under torch.compile, as train.compile")
     parser.add_argument("--json", action="store_true", help="every error, as JSON")
 
 
@@ -51,6 +52,7 @@ def asked(args: argparse.Namespace) -> "tuple[LMConfig, MeshConfig, Settings]":
 
     from launch.runs import load_model, load_optim
     from parallel.check import Settings, refuse_combination
+    from parallel.compiled import refuse_compile
     from parallel.mesh import MeshConfig
     from trainer.optim.base import one_step
 
@@ -60,7 +62,9 @@ def asked(args: argparse.Namespace) -> "tuple[LMConfig, MeshConfig, Settings]":
     if args.length < 1:
         raise ValueError(f"--length is {args.length}; it must be at least 1")
     config = load_model(args.config, args.overrides)
-    settings = Settings(length=args.length, dtype=getattr(torch, args.dtype))
+    settings = Settings(length=args.length, dtype=getattr(torch, args.dtype), compile=args.compile)
+    if args.compile:
+        refuse_compile("cpu")
     if (optim := load_optim(args.config, args.overrides, config)) is not None:
         settings = dataclasses.replace(settings, update=functools.partial(one_step, optim))
     refuse_combination(config, mesh, settings)

@@ -11,7 +11,8 @@ from models.config import LayerConfig
 from models.context import LayerContext
 from models.ffn.swiglu import SwiGLUConfig
 from models.mixers.attention import Attention, AttentionConfig
-from models.rope import angles, rotate_half, rotate_interleaved
+from models.rope import angles, rotate, rotate_half, rotate_interleaved, swap_halves, swap_neighbours
+from models.rope import turn as plain_turn
 from models.slots import Cache
 from models.state import Side, Views
 from tests.models.mixers import WIDTH, run, side_of, stream
@@ -119,6 +120,22 @@ def test_rotation_keeps_lengths_and_sees_distances_only(rotate) -> None:
 
     torch.testing.assert_close(product(9, 4), product(105, 100))
     assert not torch.isclose(product(9, 4), product(9, 5))
+
+
+@pytest.mark.parametrize("swap", [swap_halves, swap_neighbours])
+def test_the_rotation_back_is_the_gradient(swap) -> None:
+    """What is written out against autograd's derivative of the plain formula; the angles of each pair differ."""
+    x, grad = stream(2, 5).unflatten(-1, (2, -1)).requires_grad_(), stream(2, 5).unflatten(-1, (2, -1)).flip(1)
+    phase = torch.randn(2, 5, 1, x.shape[-1] // 2, dtype=torch.float64)
+    signs = -phase.sin(), phase.sin()
+    if swap is swap_halves:
+        cos, sin = torch.cat([phase.cos()] * 2, -1), torch.cat(signs, -1)
+    else:
+        cos, sin = torch.stack([phase.cos()] * 2, -1).flatten(-2), torch.stack(signs, -1).flatten(-2)
+    got, plain = rotate(x, cos, sin, swap), plain_turn(x, cos, sin, swap)
+    torch.testing.assert_close(got, plain, rtol=1e-14, atol=1e-14)
+    gradients = [torch.autograd.grad(y, x, grad)[0] for y in (got, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-14, atol=1e-14)
 
 
 def test_a_gated_key_is_hidden_in_proportion() -> None:

@@ -1,0 +1,76 @@
+"""Compiled layers compute what eager ones do, whatever a layer is made of and wherever it runs."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import cpp_builder, exc
+
+from models.config import LMConfig
+from parallel import check, compiled
+from parallel.check import Settings, error, make_batch, take_step
+from parallel.engine import Engine
+from parallel.mesh import Mesh, MeshConfig
+from parallel.testing import Pool
+from tests.contract.tiny import build, plain
+
+
+def compiler_there() -> bool:
+    try:
+        compiled.refuse_compile("cpu")
+    except ValueError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not compiler_there(), reason="torch.compile needs a C++ compiler")
+
+
+@needs_compiler
+def test_layers_share_one_compilation_and_compute_the_same():
+    config = build(num_layers=3, norm="peri")
+    settings = Settings(micro_batches=2, packed=False)
+    batch = make_batch(config, MeshConfig(), settings)
+    counters.clear()
+    eager, compiled = (
+        take_step(Engine(config, Mesh.single(), seed=0, dtype=torch.float64, compile=how), batch, 2, None, settings)
+        for how in (False, True)
+    )
+    assert counters["stats"]["unique_graphs"] == 1
+    assert compiled.loss == pytest.approx(eager.loss, rel=1e-12)
+    wrong = {name: e for name, g in eager.gradients.items() if (e := error(compiled.gradients[name], g)) > 1e-9}
+    assert not wrong
+
+
+def test_a_machine_without_a_compiler_is_refused_in_a_sentence(monkeypatch):
+    def missing() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler.*install g\+\+"):
+        compiled.refuse_compile("cpu")
+    compiled.refuse_compile("cuda")
+
+
+MIXED = build(
+    pattern="GA",
+    repeat=2,
+    layers={
+        "G": {"mixer": plain("mixer", "gated_deltanet"), "ffn": plain("ffn", "swiglu")},
+        "A": {"mixer": plain("mixer", "attention"), "ffn": plain("ffn", "moe")},
+    },
+    residual="hyper",
+    values="resformer",
+)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize(
+    "mesh", ("fsdp=2", "tp=2", "cp=2", "ep=2", "pp=2", "pp=2,schedule=zbv", "fsdp=2,tp=2", "fsdp=2,pp=2,schedule=zbv")
+)
+@pytest.mark.parametrize("config", (build(residual="mudd", depth="skip_middle"), MIXED), ids=("mudd", "mixed"))
+def test_meshes(config: LMConfig, mesh: str, pool: Pool):
+    if config is not MIXED and "ep" in mesh:
+        pytest.skip("no experts")
+    report = check.run(config, MeshConfig.parse(mesh), Settings(compile=True), pool, timeout=900)
+    assert report.ok, report.wrong
