@@ -22,6 +22,8 @@ def compiler_there() -> bool:
     return True
 
 
+# torch's own, while it traces what derives from autograd.Function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 needs_compiler = pytest.mark.skipif(not compiler_there(), reason="torch.compile needs a C++ compiler")
 
 
