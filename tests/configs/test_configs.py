@@ -41,6 +41,19 @@ def test_debug_file_steps(path: Path) -> None:
         assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if path not in DEBUG], ids=lambda path: path.stem)
+def test_large_file_steps_on_the_meta_device(path: Path) -> None:
+    """Shapes only, at the config's own batch."""
+    config = load_run(str(path))
+    with torch.device("meta"):
+        model = LM(config.model)
+        tokens = torch.empty(config.train.micro_batch, config.data.sequence_length, dtype=torch.int64)
+        out = model(tokens, tokens)
+    assert out.loss is not None and out.count is not None
+    (out.loss / out.count).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
 def test_every_kind_has_a_debug_file() -> None:
     shown = {(p.slot, p.kind) for path in DEBUG for p in plugins_in(parse(RunConfig, load(path)))}
     ours = ("models.", "trainer.")

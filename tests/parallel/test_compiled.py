@@ -11,20 +11,11 @@ from parallel.check import Settings, error, make_batch, take_step
 from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
+from tests.compilers import needs_compiler
 from tests.contract.tiny import build, plain
-
-
-def compiler_there() -> bool:
-    try:
-        compiled.refuse_compile("cpu")
-    except ValueError:
-        return False
-    return True
-
 
 # torch's own, while it traces what derives from autograd.Function.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-needs_compiler = pytest.mark.skipif(not compiler_there(), reason="torch.compile needs a C++ compiler")
 
 
 @needs_compiler

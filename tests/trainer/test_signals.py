@@ -1,5 +1,6 @@
 """A signal in any phase ends in a saved state and exit code 0, and what is resumed is what was never interrupted."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from configs.structure import to_plain
 from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
+from tests.compilers import needs_compiler
 from tests.trainer import runs
 from trainer import checkpoint, loop, shardfiles
 from trainer.loop import train
@@ -101,20 +103,40 @@ def handles_signals(pid: int) -> bool:
     return bool(int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
 
 
-@pytest.mark.parametrize("wait", ["import", "training"])
+def runs_compiler(pid: int) -> bool:
+    """Whether a C++ compiler runs below the process."""
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in listed.read_text().split():
+            with contextlib.suppress(FileNotFoundError):
+                if "cc1plus" in Path(f"/proc/{child}/comm").read_text() or runs_compiler(int(child)):
+                    return True
+    return False
+
+
+def waited_for(wait: str, pid: int, run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    match wait:
+        case "import":
+            return handles_signals(pid)
+        case "compiling":
+            return runs_compiler(pid)
+        case _:
+            return metrics.is_file() and metrics.stat().st_size > 0
+
+
+@pytest.mark.parametrize("wait", ["import", pytest.param("compiling", marks=needs_compiler), "training"])
 def test_a_process_that_gets_sigterm_exits_with_0(data: Path, tmp_path: Path, wait: str) -> None:
-    """While it imports torch, and while it trains."""
-    config = runs.run_config(data, tmp_path / "run", steps=100_000, log_every=1, save_every=0)
+    """While it imports torch, while it compiles its layers, and while it trains."""
+    compiling = wait == "compiling"
+    config = runs.run_config(data, tmp_path / "run", steps=100_000, log_every=1, save_every=0, compile=compiling)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(to_plain(config)))
     command = [sys.executable, "-m", "launch.cli", "train", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         try:
-            metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-            while not (
-                handles_signals(process.pid) if wait == "import" else metrics.is_file() and metrics.stat().st_size
-            ):
+            deadline = time.monotonic() + 120
+            while not waited_for(wait, process.pid, tmp_path / "run"):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
@@ -124,5 +146,5 @@ def test_a_process_that_gets_sigterm_exits_with_0(data: Path, tmp_path: Path, wa
     assert process.returncode == 0, error.decode()
     assert b"Traceback" not in error
     (step,) = checkpoint.steps(tmp_path / "run" / "checkpoints")
-    assert step == 0 if wait == "import" else step > 0
+    assert {"import": step == 0, "compiling": step == 1, "training": step > 0}[wait]
     assert f"ended after step {step}" in out.decode()
