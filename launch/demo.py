@@ -26,14 +26,16 @@ from launch.local import ROOT, environment
 
 BASE = ROOT / "configs" / "demo.yaml"
 # Tests, tables and texts in other languages than Python.
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "encodings", "pydoc_data", "lib2to3"}
+SKIPPED = frozenset(
+    ("test", "tests", "idle_test", "site-packages", "__pycache__", "encodings", "pydoc_data", "lib2to3")
+)
 PROMPTS = ("def __init__(self, ", "import os", "class ", "    if not isinstance(")
 
 
 class Size:
     """How much of everything: enough to see it learn, in some minutes."""
 
-    text_bytes, vocab_size, valid_bytes, steps = 8_000_000, 8192, 200_000, 300
+    text_bytes, vocab_size, valid_bytes, steps = 12_000_000, 8192, 200_000, 400
     changes: ClassVar[dict[str, Any]] = {}
 
 
@@ -52,7 +54,7 @@ class Quick(Size):
         },
         "data": {"sequence_length": 64},
         "train": {"global_batch": 8, "micro_batch": 4, "eval_every": 25},
-        "schedule": {"warmup": 2},
+        "schedule": {"warmup": 2, "decay": 30},
     }
 
 

@@ -1,5 +1,6 @@
 """The training loop, from the config to the last checkpoint."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from trainer.initial import start
 from trainer.process import build_engine
 from trainer.profiling import profiled
 from trainer.resume import everyone, on_main, resume
-from trainer.runfolder import refuse_lost, retire, write_config
+from trainer.runfolder import refuse_lost, retire, sole_use, write_config
 from trainer.saver import Saver
 from trainer.signals import Stop
 from trainer.state import RunState
@@ -51,10 +52,17 @@ def train(
     """Run, or resume, `config` on all ranks of `mesh`; returns where it ended.
 
     console: where rank 0 prints. stop: once any rank's is requested, all save and end, after the step that they are in.
-    Raises ValueError for what does not fit together, FloatingPointError, on all ranks and before the weights are
-    changed, at a loss or gradient that is not finite, and OSError where the last step could not be saved.
+    Raises ValueError for what does not fit together and for a folder that another run uses, FloatingPointError, on all
+    ranks and before the weights are changed, at a loss or gradient that is not finite, and OSError where the last step
+    could not be saved.
     """
-    launch, console, stop = launch or Launch(), console or Console(), stop or Stop()
+    with contextlib.ExitStack() as stack:
+        on_main(mesh.is_main, lambda: stack.enter_context(sole_use(Path(config.run.dir))))
+        return run(config, mesh, launch or Launch(), console or Console(), stop or Stop())
+
+
+def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: Stop) -> RunState:
+    """The run itself, in a folder that is its own."""
     folder, size = Path(config.run.dir), config.train.global_batch
     data = TrainingData(config.data.weights, config.data.sequence_length, config.run.seed)
     held_out = Sequences(config.data.valid, config.data.sequence_length) if config.data.valid else None

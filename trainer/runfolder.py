@@ -1,5 +1,10 @@
 """The folder of a run: checkpoints/, metrics.jsonl, tensorboard/, and config.yaml as the last launch resolved it."""
 
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -10,6 +15,30 @@ from trainer.config import RunConfig
 from trainer.metrics import EVENTS, METRICS
 
 CONFIG = "config.yaml"
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Keep the folder from other runs as long as this lasts, or this process lives.
+
+    Raises ValueError where another run has it. Where files cannot be locked, nothing is kept from anyone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            user = file.read().strip() or "another process"
+            raise ValueError(f"{folder} is in use by {user}; stop that run first, or use another run.dir") from None
+        except OSError:
+            yield
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def refuse_lost(folder: Path) -> None:

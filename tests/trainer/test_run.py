@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from trainer.evaluate import Evaluation
 from trainer.evaluation import Request
 from trainer.loop import Launch
 from trainer.process import build_engine
+from trainer.runfolder import sole_use
 
 MESHES = {
     "one": MeshConfig(),
@@ -49,15 +51,15 @@ def assert_same(one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> Non
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_resume_is_bitwise(data: Path, tmp_path: Path, pool: Pool, mesh: str) -> None:
-    """Stopped after step 3 and resumed, a run has the losses, weights and moments of one that never stopped."""
+    """Stopped after step 10 of 20 and resumed, a run has the losses, weights and moments of one that never stopped."""
     config = MESHES[mesh]
-    size = {"micro_batch": 1} if mesh == "pp2" else {}
-    whole = runs.run_config(data, tmp_path / "whole", config, eval_every=3, **size)
-    parts = runs.run_config(data, tmp_path / "parts", config, eval_every=3, **size)
+    size = {"steps": 20, "eval_every": 5, **({"micro_batch": 1} if mesh == "pp2" else {})}
+    whole = runs.run_config(data, tmp_path / "whole", config, **size)
+    parts = runs.run_config(data, tmp_path / "parts", config, **size)
     expected = pool.run(runs.run_through, config.world_size, whole)[0]
-    found = pool.run(runs.run_interrupted, config.world_size, parts, 3)[0]
+    found = pool.run(runs.run_interrupted, config.world_size, parts, 10)[0]
     assert found == expected
-    assert [record["step"] for record in found if "train/loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in found if "train/loss" in record] == list(range(1, 21))
     assert_same(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
 
 
@@ -159,6 +161,15 @@ def test_logs_without_a_checkpoint_are_an_error_unless_told(data: Path, tmp_path
     runs.run(config, Launch(fresh=True))
     assert newest(tmp_path / "run").state.step == 6
     assert (tmp_path / "run" / "old-1" / "metrics.jsonl").is_file()
+
+
+def test_a_folder_that_another_run_uses_is_refused(data: Path, tmp_path: Path, pool: Pool) -> None:
+    """On all ranks, whatever the folder holds; and it is free again once that run is gone."""
+    config = runs.run_config(data, tmp_path / "run", MeshConfig(dp=2), micro_batch=1)
+    with sole_use(tmp_path / "run"), pytest.raises(RankError, match=rf"in use by process {os.getpid()} on \S+; stop"):
+        pool.run(runs.run_through, 2, config, timeout=60)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    assert len(pool.run(runs.run_through, 2, config, timeout=60)) == 2
 
 
 def test_another_model_is_refused(data: Path, tmp_path: Path) -> None:
