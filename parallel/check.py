@@ -21,6 +21,7 @@ from configs.structure import instantiate, to_plain
 from models.config import LMConfig
 from models.loss import IGNORE
 from parallel import pipeline
+from parallel.compiled import refuse_schedule
 from parallel.engine import Batch, Engine
 from parallel.gradients import Held
 from parallel.mesh import Mesh, MeshConfig
@@ -242,6 +243,8 @@ def refuse_combination(config: LMConfig, mesh: MeshConfig, settings: Settings) -
         )
     config.residual.check_dtype(settings.dtype)
     refuse(config, mesh)
+    if settings.compile:
+        refuse_schedule(mesh)
     if mesh.pp > 1:
         pipeline.refuse(mesh, len(config.expanded), micro_batches(mesh, settings))
 

@@ -9,6 +9,7 @@ import warnings
 import torch
 
 from models.lm import LM
+from parallel.mesh import MeshConfig
 
 # Of one layer: with and without gradients, and micro-batches of several sizes.
 VARIANTS = 8
@@ -27,6 +28,16 @@ def compile_layers(model: LM) -> None:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for layer in model.blocks:
         layer.forward = torch.compile(layer.forward, dynamic=False)
+
+
+def refuse_schedule(mesh: MeshConfig) -> None:
+    """Raise ValueError for schedules that take the gradients of inputs before those of weights. A compiled layer is one
+    node of the graph, from which torch's pipelines then lose gradients without an error (docs/experiments.md)."""
+    if mesh.splits_backward:
+        raise ValueError(
+            f"layers are to be compiled under schedule {mesh.schedule}, which splits the backward pass, and gradients "
+            "of compiled layers would be lost; use schedule interleaved or 1f1b, or leave compile out"
+        )
 
 
 def refuse_compile(device: str) -> None:

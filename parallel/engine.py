@@ -19,7 +19,7 @@ from models.config import LMConfig
 from models.lm import LM
 from models.loss import IGNORE
 from parallel import context, data, expert, gradients, pipeline, tensor
-from parallel.compiled import compile_layers
+from parallel.compiled import compile_layers, refuse_schedule
 from parallel.gradients import Held
 from parallel.mesh import Mesh, Ranks
 from parallel.precision import ComputeCopies, master
@@ -84,6 +84,8 @@ class Engine:
     ) -> None:
         self.config, self.mesh, self.dtype = config, mesh, dtype
         refuse(config, mesh.config)
+        if compile:
+            refuse_schedule(mesh.config)
         with torch.device("meta"):
             whole_model = LM(config)
             self.stages = pipeline.stages(config, mesh) if mesh.pp.size > 1 else []

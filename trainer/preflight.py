@@ -14,6 +14,7 @@ from models.hf.folder import is_exported
 from models.layer import Layer
 from models.lm import LM
 from parallel import pipeline
+from parallel.compiled import refuse_schedule
 from parallel.mesh import MeshConfig
 from parallel.preflight import refuse
 from trainer import checkpoint
@@ -43,6 +44,8 @@ def load_run(file: str, overrides: Iterable[str] = ()) -> RunConfig:
         refuse(config.model, config.mesh)
         if config.mesh.pp > 1:
             pipeline.refuse(config.mesh, len(config.model.expanded), config.micro_batches)
+        if config.train.compile:
+            refuse_schedule(config.mesh)
     except ValueError as error:
         raise at("mesh", str(error)) from error
     refuse_patterns(config.model, config.optim.patterns())

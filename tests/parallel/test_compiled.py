@@ -44,6 +44,13 @@ def test_a_machine_without_a_compiler_is_refused_in_a_sentence(monkeypatch):
     compiled.refuse_compile("cuda")
 
 
+@pytest.mark.parametrize("schedule", ["zero_bubble", "zbv", "dualpipev"])
+def test_schedules_that_would_lose_gradients_are_refused(schedule: str) -> None:
+    mesh = MeshConfig(pp=2, schedule=schedule)
+    with pytest.raises(ValueError, match=rf"under schedule {schedule}, .* use schedule interleaved or 1f1b"):
+        check.run(build(), mesh, Settings(compile=True))
+
+
 MIXED = build(
     pattern="GA",
     repeat=2,
@@ -59,7 +66,7 @@ MIXED = build(
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
-    "mesh", ("fsdp=2", "tp=2", "cp=2", "ep=2", "pp=2", "pp=2,schedule=zbv", "fsdp=2,tp=2", "fsdp=2,pp=2,schedule=zbv")
+    "mesh", ("fsdp=2", "tp=2", "cp=2", "ep=2", "pp=2", "fsdp=2,tp=2", "fsdp=2,pp=2,schedule=interleaved")
 )
 @pytest.mark.parametrize("config", (build(residual="mudd", depth="skip_middle"), MIXED), ids=("mudd", "mixed"))
 def test_meshes(config: LMConfig, mesh: str, pool: Pool):
