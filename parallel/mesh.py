@@ -135,12 +135,15 @@ class Ranks:
     index: int = 0
     group: dist.ProcessGroup | None = None
 
+    # Compiled, a sum in place over what torch.cat made also changes what it was made from (docs/experiments.md).
+    @torch.compiler.disable
     def sum_(self, x: torch.Tensor) -> torch.Tensor:
         """All-reduce in place."""
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
+    @torch.compiler.disable
     def max_(self, x: torch.Tensor) -> torch.Tensor:
         if self.size > 1:
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
