@@ -1,6 +1,7 @@
 """What a user is told about a config: one sentence that names the place, what was given, the rule and the way out."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,6 +34,9 @@ def shown(value: Any) -> str:
 
 def sentence(error: BaseException) -> str:
     """An error as one line for a person; the system's own errors name the path and the way out."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}; free some, or write to a folder on another disk"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; give a path that exists and that this user may read and write"
     return " ".join(str(error).split())

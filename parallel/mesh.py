@@ -127,6 +127,12 @@ class MeshConfig:
         return ",".join([*sizes, f"schedule={self.schedule}"] if self.pp > 1 else sizes) or "one process"
 
 
+@torch.compiler.disable()
+def all_reduce_(x: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
+    """In place. Compiled, it would also change what torch.cat made x from (docs/experiments.md)."""
+    dist.all_reduce(x, op=op, group=group)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranks:
     """A set of ranks that this one communicates with. group is None when it is alone."""
@@ -135,18 +141,15 @@ class Ranks:
     index: int = 0
     group: dist.ProcessGroup | None = None
 
-    # Compiled, a sum in place over what torch.cat made also changes what it was made from (docs/experiments.md).
-    @torch.compiler.disable
     def sum_(self, x: torch.Tensor) -> torch.Tensor:
         """All-reduce in place."""
         if self.size > 1:
-            dist.all_reduce(x, group=self.group)
+            all_reduce_(x, dist.ReduceOp.SUM, self.group)
         return x
 
-    @torch.compiler.disable
     def max_(self, x: torch.Tensor) -> torch.Tensor:
         if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+            all_reduce_(x, dist.ReduceOp.MAX, self.group)
         return x
 
 

@@ -22,7 +22,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.evaluate import Evaluates, Evaluation, evaluate
 from trainer.exported import Exported
 from trainer.process import build_engine, joined
-from trainer.progress import counting
+from trainer.progress import counting, say
 from trainer.resume import load, on_main
 
 # Sequences at once of a model whose folder does not say.
@@ -122,7 +122,7 @@ def run(request: Request, mesh: str | None = None) -> Report:
     if is_exported(request.model):
         refuse_mesh(request.model, mesh)
         return run_exported(request, console)
-    path = checkpoint.choose(request.model, lambda text: console.print(f"weft: warning: {text}", soft_wrap=True))
+    path = checkpoint.choose(request.model, lambda text: say(console, f"weft: warning: {text}"))
     config: RunConfig = instantiate(RunConfig, checkpoint.read(path).config)
     sizes = request.sizes(config.data.sequence_length)
     prefix = None if request.texts else request.prefix(config)

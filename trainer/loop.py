@@ -18,6 +18,7 @@ from trainer.evaluate import evaluate
 from trainer.initial import start
 from trainer.process import build_engine
 from trainer.profiling import profiled
+from trainer.progress import say
 from trainer.resume import everyone, on_main, resume
 from trainer.runfolder import refuse_lost, retire, sole_use, write_config
 from trainer.saver import Saver
@@ -74,7 +75,7 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
         on_main(mesh.is_main, lambda: retire(folder))
 
     def warn(sentence: str) -> None:
-        console.print(f"warning: {sentence}", soft_wrap=True)
+        say(console, f"warning: {sentence}")
 
     origin = None
     resumed = resume(config, engine, optimizer, warn)
@@ -82,9 +83,10 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
         on_main(mesh.is_main, lambda: refuse_lost(folder))
         origin = start(config, engine, warn)
     state = resumed or RunState()
-    on_main(mesh.is_main, lambda: write_config(folder, config))
-
     last = min(config.train.steps, launch.stop_after or config.train.steps)
+    if state.step < last:
+        on_main(mesh.is_main, lambda: write_config(folder, config))
+
     with (
         metrics.opened(folder, state.step, last, console if mesh.is_main else None) as log,
         Saver(config, engine, optimizer, state.step if resumed else None, log.say) as saver,

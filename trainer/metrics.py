@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from trainer.appending import AppendingFile
+from trainer.progress import say
+
 METRICS = "metrics.jsonl"
 LOAD = ".ffn.expert_load"
 EVENTS = "tensorboard"
@@ -87,21 +90,21 @@ class Log(Silent):
     """Records go to `folder`; see `opened`."""
 
     def __init__(self, folder: Path, start: int, steps: int, console: Console) -> None:
-        # Imported here, because it takes a second, which the other ranks need not wait.
-        from torch.utils.tensorboard import SummaryWriter
+        # Imported here: the other ranks do without.
+        from trainer.events import EventFile
 
         folder.mkdir(parents=True, exist_ok=True)
         drop_after(folder / METRICS, start)
         self._console, self._steps, self._said = console, steps, time.monotonic()
         self._began = (self._said, start)
-        self._jsonl = (folder / METRICS).open("a", encoding="utf-8", buffering=1)
+        self._jsonl, self._failing = AppendingFile(folder / METRICS), False
         # The events of steps that a crashed run took after its last checkpoint are hidden.
-        self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None)
+        self._events = EventFile(folder / EVENTS, purge_step=start + 1 if start else None)
         columns = (
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
@@ -110,7 +113,7 @@ class Log(Silent):
         self._progress.start()
 
     def say(self, sentence: str) -> None:
-        self._console.print(sentence, highlight=False, soft_wrap=True)
+        say(self._console, sentence)
 
     def step(self, metrics: StepMetrics, write: bool) -> None:
         self._progress.update(self._task, completed=metrics.step, description=str(metrics))
@@ -127,9 +130,15 @@ class Log(Silent):
         self._write(step, values)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        line = json.dumps({"step": step, **values}) + "\n"
+        failed = [self._jsonl.append(line.encode()), self._events.scalars(step, values)]
+        error = next((error for error in failed if error is not None), None)
+        if error is not None and not self._failing:
+            self.say(
+                f"warning: the metrics of step {step} could not be written ({error.strerror}); the run goes on, and "
+                "writes them once it can"
+            )
+        self._failing = error is not None
 
     def close(self) -> None:
         self._progress.stop()

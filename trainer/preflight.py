@@ -21,7 +21,7 @@ from trainer import checkpoint
 from trainer.checkpoint import FOLDER
 from trainer.config import RunConfig
 from trainer.data.check import open_data
-from trainer.data.fitting import fitting_tokenizer
+from trainer.data.fitting import fitting_stream, fitting_tokenizer
 from trainer.data.format import suffixes
 from trainer.data.sources import find_files
 from trainer.data.vocabulary import refuse_vocabulary
@@ -103,6 +103,10 @@ def refuse_data(config: RunConfig) -> None:
     if tokenizer is not None and not Path(tokenizer).exists():
         raise at("data.tokenizer", f"{tokenizer} does not exist; give the tokenizer.model that weft prepare wrote")
     refuse_vocabulary(config)
+    if tokenizer is not None:
+        fitting_tokenizer(tokenizer, "of the config", config.model.vocab_size)
+        for prefix in (*config.data.weights, *([config.data.valid] if config.data.valid else [])):
+            fitting_stream(prefix, "of the config", config.model.vocab_size, tokenizer)
     refuse_initial(config)
 
 

@@ -20,6 +20,11 @@ from rich.progress import (
 SILENCE = 30.0  # seconds between two lines where there is no terminal
 
 
+def say(console: Console, sentence: str) -> None:
+    """Print a line as it is: brackets in paths and in others' messages are not markup."""
+    console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
 def counting(console: Console, what: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
     """Shows how many of `total` are done and the time that is left; what it gives is called with how many more are."""
 
@@ -50,7 +55,7 @@ def advancing(
     """columns: of the bar, for how much is done. line: the same in a log, of what is done and the seconds it took.
     transient: whether the bar goes when all is done."""
     if console.is_terminal:
-        shown = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+        shown = (TextColumn("{task.description}", markup=False), BarColumn(), *columns, TimeRemainingColumn())
         with Progress(*shown, console=console, transient=transient) as bar:
             task = bar.add_task(what, total=total)
             yield lambda size: bar.advance(task, size)
@@ -65,7 +70,7 @@ def advancing(
         if now - said >= SILENCE and done:
             # A total in bytes may be an estimate, and less than there is.
             left = max(0, total - done) * (now - began) / done
-            console.print(f"{what}: {line(done, now - began)}, {left:.0f} s left", soft_wrap=True)
+            say(console, f"{what}: {line(done, now - began)}, {left:.0f} s left")
             said = now
 
     yield advance

@@ -67,5 +67,9 @@ def write_config(folder: Path, config: RunConfig) -> None:
     """Write config.yaml, with every default spelled out."""
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / f"{CONFIG}.partial"
-    staging.write_text(yaml.safe_dump(to_plain(config), sort_keys=False), encoding="utf-8")
-    staging.replace(folder / CONFIG)
+    try:
+        staging.write_text(yaml.safe_dump(to_plain(config), sort_keys=False), encoding="utf-8")
+        staging.replace(folder / CONFIG)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(folder / CONFIG)) from error

@@ -120,9 +120,9 @@ def test_eval_refuses_before_any_process_starts(
 
     assert said("--mesh", "fsdp=2") == f"{run} has no checkpoint; give the folder of a run that has saved one"
     assert said("--mesh", "fspd=2").startswith("mesh has no key 'fspd'; did you mean fsdp?")
-    saved_run(Path(run), "model.vocab_size=512")
+    saved_run(Path(run), "model.vocab_size=512", "data.valid=nope/valid")
     assert said("--mesh", "tp=3").startswith("tp is 3, which does not divide the ")
-    assert said("--mesh", "fsdp=2").startswith("data.valid: data/debug/valid.bin does not exist; ")
+    assert said("--mesh", "fsdp=2").startswith("data.valid: nope/valid.bin does not exist; ")
     assert said("--mesh", "fsdp=2", "--data", "nope/x").startswith("--data: nope/x.bin does not exist; ")
     saved_run(Path(run), "data.valid=null")
     assert said("--mesh", "fsdp=2") == (

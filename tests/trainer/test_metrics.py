@@ -1,11 +1,15 @@
 """What a run reports of each step, the profiler's switch, and the measure of speed."""
 
 import dataclasses
+import io
 import json
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.cli import main
 from parallel.mesh import Mesh
@@ -57,3 +61,45 @@ def test_bench_on_the_command_line(capsys: pytest.CaptureFixture[str], monkeypat
     small = ["model.d_model=32", "data.sequence_length=16", "train.global_batch=2", "train.micro_batch=1"]
     assert main(["bench", "configs/debug_attention.yaml", *small, "--steps=1", "--warmup=0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens_per_s"] > 0
+
+
+def test_a_full_disk_loses_no_record_and_no_step(tmp_path: Path) -> None:
+    """Writes that fail, wholly or half-way, wait for room; the run is told once."""
+    out = io.StringIO()
+    with metrics.opened(tmp_path, 0, 9, Console(file=out, width=300)) as log:
+        log.record(1, {"valid/loss": 1.0})
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        # Files may not grow by more than half a record: as on a full disk, a part is written, then nothing.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+        try:
+            log.record(2, {"valid/loss": 2.0})
+            log.record(3, {"valid/loss": 3.0})
+            assert metrics.read(tmp_path) == [{"step": 1, "valid/loss": 1.0}]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        log.record(4, {"valid/loss": 4.0})
+    assert [record["step"] for record in metrics.read(tmp_path)] == [1, 2, 3, 4]
+    assert out.getvalue().count("could not be written") == 1
+    assert scalars(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+
+
+def scalars(run: Path) -> list[tuple[int, float]]:
+    """What TensorBoard shows of the held-out loss."""
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in events.Scalars("valid/loss")]
+
+
+def test_tensorboard_hides_steps_that_are_taken_again(tmp_path: Path) -> None:
+    for start, value in ((0, 1.0), (2, 2.0)):
+        with metrics.opened(tmp_path, start, 9, Console(file=io.StringIO())) as log:
+            for step in range(start + 1, start + 4):
+                log.record(step, {"valid/loss": value})
+    assert scalars(tmp_path) == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+def test_brackets_are_no_markup(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with metrics.opened(tmp_path, 0, 9, Console(file=out, width=20)) as log:
+        log.say("saved runs/[v2]/[/red] and went on")
+    assert "saved runs/[v2]/[/red] and went on" in out.getvalue()

@@ -25,6 +25,7 @@ from trainer.data.prepare_config import PrepareConfig
 from trainer.data.sources import find_files, fingerprint
 from trainer.data.workfolder import begin, discard, finished, has_shards, locked
 from trainer.durable import sync_folder
+from trainer.progress import say
 
 __all__ = ["PrepareConfig", "prepare"]
 
@@ -43,7 +44,7 @@ def prepare(
     arguments = config.arguments(given)
     work = out.with_name(out.name + ".partial")
     if (done := finished(out, config, arguments)) is not None:
-        console.print(f"{out} is already prepared with these arguments; nothing to do", soft_wrap=True)
+        say(console, f"{out} is already prepared with these arguments; nothing to do")
         discard(work)
         return done
     files = find_files(config.sources, config.suffixes_of_folders)

@@ -16,7 +16,7 @@ from trainer.data.shards import Writer
 from trainer.data.sources import find_files, units
 from trainer.data.split import documents
 from trainer.data.tokenizer import Tokenizer
-from trainer.progress import counting_bytes
+from trainer.progress import counting_bytes, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Stream:
         if not writer.documents:
             raise ValueError(f"{name} holds no text: {skipped} documents are empty or not UTF-8; give other files")
         if skipped:
-            console.print(f"warning: {skipped:,} documents were passed over: empty, or not UTF-8", soft_wrap=True)
+            say(console, f"warning: {skipped:,} documents were passed over: empty, or not UTF-8")
         lengths = np.frombuffer(length_bytes.getbuffer(), dtype="<i4").astype(np.int64)
         tokens = np.frombuffer(token_bytes.getbuffer(), dtype=writer.dtype)
         return cls(name, tokens, lengths.cumsum() - lengths, tokenizer.vocab_size, writer.bytes)
