@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -244,14 +244,19 @@ def publish(staging: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def prune(folder: Path, step: int, keep: Keep) -> None:
-    """Delete what is older than `step`, which must be whole, and not to be kept; and what was left half done."""
+def prune(folder: Path, step: int, keep: Keep, damaged: Collection[int] = ()) -> None:
+    """Delete what is older than `step`, which must be whole, and not to be kept; and what was left half done.
+
+    damaged: steps that are known to be damaged. They do not count, so that `keep.newest` whole ones stay;
+    they go, as all others do, once that many whole ones are newer.
+    """
     for number, path in steps(folder).items():
         if path.name != name_of(number):
             path.rename(folder / name_of(number))
     upto = [number for number in steps(folder) if number <= step]
-    for number in upto[: -keep.newest]:
-        if not keep.every or number % keep.every:
+    counted = [number for number in upto if number not in damaged][-keep.newest :]
+    for number in upto if len(counted) == keep.newest else ():
+        if number < counted[0] and (not keep.every or number % keep.every):
             # Out of sight first: a folder that is half deleted must not look like a damaged checkpoint.
             (folder / name_of(number)).rename(folder / f".{name_of(number)}.deleted")
     for path in folder.glob(".step-*.*"):

@@ -41,6 +41,8 @@ class Saver:
         self._config, self._engine, self._optimizer = config, engine, optimizer
         self._folder = Path(config.run.dir) / FOLDER
         self._keep = Keep(config.train.keep_checkpoints, config.train.keep_every)
+        # What is newer than the newest whole one was found damaged when that was looked for.
+        self._damaged = {step for step in checkpoint.steps(self._folder) if newest is not None and step > newest}
         group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._group = group if isinstance(group, dist.ProcessGroup) else None
         self._thread: threading.Thread | None = None
@@ -96,9 +98,10 @@ class Saver:
             self._said.append(f"warning: the checkpoint of step {state.step} was not saved ({self._failure}); {older}")
             return
         self._newest, self._failure = state.step, ""
+        self._damaged.discard(state.step)
         self._said.append(f"saved {path}")
         if self._engine.mesh.is_main:
             try:
-                checkpoint.prune(self._folder, state.step, self._keep)
+                checkpoint.prune(self._folder, state.step, self._keep, self._damaged)
             except OSError as error:
                 self._said.append(f"warning: older checkpoints could not be deleted ({sentence(error)})")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer import shardfiles
-from trainer.checkpoint import Checkpoint, damage, newest, read, steps, write
+from trainer.checkpoint import Checkpoint, Keep, damage, newest, prune, read, steps, write
 from trainer.state import RunState
 
 
@@ -98,6 +98,17 @@ def test_damaged_newer_ones_do_not_push_out_good_ones(tmp_path: Path) -> None:
     assert list(steps(tmp_path)) == [4, 6, 8]
     write(tmp_path, content(8), keep=2)
     assert list(steps(tmp_path)) == [6, 8] and damage(tmp_path / "step-00000008") is None
+
+
+@pytest.mark.parametrize(
+    ("newest", "left"), [(1, [9]), (2, [7, 8, 9]), (3, [6, 7, 8, 9]), (4, [4, 5, 6, 7, 8, 9]), (5, [4, 5, 6, 7, 8, 9])]
+)
+def test_damaged_ones_do_not_count(tmp_path: Path, newest: int, left: list[int]) -> None:
+    """Of 4 to 9, with 5 and 8 damaged: they go once `newest` whole ones are newer, and never instead of one."""
+    for step in range(4, 10):
+        write(tmp_path, content(step), keep=6)
+    prune(tmp_path, 9, Keep(newest), damaged={5, 8})
+    assert list(steps(tmp_path)) == left
 
 
 @pytest.mark.parametrize("call", ["save_file", "fsync", "rename"])

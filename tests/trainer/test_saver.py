@@ -12,6 +12,7 @@ from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.trainer import runs
 from trainer import checkpoint, shardfiles
+from trainer.loop import Launch
 from trainer.process import build_engine
 from trainer.saver import Saver
 from trainer.state import RunState
@@ -129,3 +130,44 @@ def test_what_is_kept(data: Path, tmp_path: Path) -> None:
     config = runs.run_config(data, tmp_path, steps=7, save_every=1, keep_checkpoints=2, keep_every=3)
     runs.run(config)
     assert list(checkpoint.steps(tmp_path / "checkpoints")) == [3, 6, 7]
+
+
+def test_what_a_resumed_run_found_damaged_does_not_count(data: Path, tmp_path: Path) -> None:
+    """Resumed from 2 for 3 is damaged: 2 whole ones stay at each save, and 3 until it is saved again, or far behind."""
+    folder = tmp_path / "checkpoints"
+    config = runs.run_config(data, tmp_path, steps=6, save_every=1, keep_checkpoints=2)
+    runs.run(config, Launch(stop_after=3))
+    assert list(checkpoint.steps(folder)) == [2, 3]
+    flip(folder / "step-00000003" / "model-00000-000.safetensors")
+    (folder / "step-00000003").rename(folder / "step-00000005")
+    kept: dict[int, list[int]] = {}
+    prune = checkpoint.prune
+
+    def watched(folder: Path, step: int, *arguments: Any) -> None:
+        prune(folder, step, *arguments)
+        kept[step] = list(checkpoint.steps(folder))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "prune", watched)
+        runs.run(config)
+    assert kept == {3: [2, 3, 5], 4: [3, 4, 5], 5: [4, 5], 6: [5, 6]}
+    assert all(checkpoint.damage(path) is None for path in checkpoint.steps(folder).values())
+
+
+def test_a_damaged_one_between_whole_ones_takes_no_ones_place(data: Path, tmp_path: Path) -> None:
+    """Resumed from 2 with 3 damaged, and saving every second step: 4 must not push out 2, and 6 does."""
+    folder = tmp_path / "checkpoints"
+    runs.run(runs.run_config(data, tmp_path, save_every=1, keep_checkpoints=2), Launch(stop_after=3))
+    flip(folder / "step-00000003" / "model-00000-000.safetensors")
+    config = runs.run_config(data, tmp_path, steps=6, save_every=2, keep_checkpoints=2)
+    runs.run(config, Launch(stop_after=4))
+    assert list(checkpoint.steps(folder)) == [2, 3, 4]
+    runs.run(config)
+    assert list(checkpoint.steps(folder)) == [4, 6]
+
+
+def flip(file: Path) -> None:
+    """Change the last bit."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
