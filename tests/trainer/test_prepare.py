@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -175,8 +176,14 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path, model: str, capsys: pyt
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('{"text": "a"}\n{"text": \n', "at byte 14: no JSON"),
-        ('{"body": "a"}\n', "there is no key 'text'; the line has body: choose with --text-key"),
+        (
+            '{"text": "a"}\n\n{"text": \n',
+            "a.jsonl, line 3 (at byte 15): no JSON (EOF while parsing a value at column 8)",
+        ),
+        (
+            '{"body": "a"}\n',
+            "a.jsonl, line 1 (at byte 0): there is no key 'text'; the line has body: choose with --text-key",
+        ),
         ('{"text": 3}\n', "'text' is int, not text"),
         ('{"text": ""}\n\n{"text": null}\n', "1 files hold no text: 2 documents are empty or not UTF-8"),
         ('{"text": "a b"}\n', "leave none for"),
@@ -184,9 +191,43 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path, model: str, capsys: pyt
 )
 def test_bad_lines_are_one_sentence(tmp_path: Path, model: str, content: str, sentence: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         prepare(PrepareConfig((str(tmp_path / "a.jsonl"),), model), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("bad", [rb'"lone \ud800 surrogate"', b'"byte \xff"'], ids=["surrogate", "byte"])
+def test_lines_that_are_not_utf8_are_passed_over(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], bad: bytes
+) -> None:
+    """If it is their text that is not; under another key it does not matter."""
+    good = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
+    (tmp_path / "good.jsonl").write_bytes(good + b'{"text": "last"}\n')
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": ' + bad + b"}\n" + good + b'{"id": ' + bad + b', "text": "last"}\n')
+    for name in ("good", "bad"):
+        command = ["prepare", str(tmp_path / name), str(tmp_path / f"{name}.jsonl"), "--tokenizer", model]
+        assert main([*command, "--valid-bytes", "2000", "--workers", "1"]) == 0
+    assert "1 documents were passed over: empty, or not UTF-8" in capsys.readouterr().out
+    assert files_of(tmp_path / "bad") == files_of(tmp_path / "good")
+
+
+def test_an_error_names_the_line_in_any_span(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", TEXTS[:20])
+    data = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl").write_bytes(data + b"{]\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data + b"{]\n"))
+    for path, size in ((tmp_path / "a.jsonl", 400), (tmp_path / "a.jsonl.gz", 400)):
+        with pytest.raises(ValueError, match=f"{path.name}, line 21 .at byte {len(data)}.: no JSON"):
+            for span in JsonLines.spans(str(path), size, "text"):
+                list(JsonLines.documents(span, "text"))
+
+
+@pytest.mark.parametrize(("size", "sentence"), [(100_000, "too small for a vocabulary of 100000"), (340, "leave none")])
+def test_what_is_wrong_with_little_text(tmp_path: Path, size: int, sentence: str) -> None:
+    """All of it is held out; but only where the rest would do is that what stands in the way."""
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(ValueError, match=sentence):
+        prepare(PrepareConfig((str(tmp_path / "a.jsonl"),), TokenizerConfig(size)), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["b.jsonl.gz", "d.parquet", "t.txt.gz"])

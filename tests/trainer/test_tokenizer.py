@@ -1,5 +1,6 @@
 """The tokenizer loses nothing, and the same text trains the same one."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,26 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path / "tokenizer.model").sha256 == TOKENIZER.sha256
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize(
+    ("text", "size", "sentence"),
+    [
+        ("a b c\n", 300, "the text is too small for a vocabulary of 300; use more text, or give"),
+        ("\n", 300, "the text is too small for a vocabulary of 300; use more text, or give"),
+        (CORPUS[0], 100_000, r"too small for a vocabulary of 100000; use --vocab-size \d+ or less, more text, or give"),
+        ("".join(map(chr, range(0x4E00, 0x5000))), 300, r"too many .* of 300; use --vocab-size \d{3} or more, or give"),
+    ],
+    ids=["small", "nothing", "large vocabulary", "many characters"],
+)
+def test_texts_that_do_not_go_with_the_size(kind: str, text: str, size: int, sentence: str) -> None:
+    """One sentence without SentencePiece's own file and line, and the way out that it names is one."""
+    with pytest.raises(ValueError, match=sentence + " a tokenizer that exists with --tokenizer$") as caught:
+        SentencePiece.train([text], TokenizerConfig(size, kind))
+    if named := re.search(r"--vocab-size (\d+)", str(caught.value)):
+        assert SentencePiece.train([text], TokenizerConfig(int(named[1]), kind)).vocab_size == int(named[1])
+
+
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="do not fill a vocabulary of 5000"):
-        SentencePiece.train(["a b c\n"], TokenizerConfig(vocab_size=5000))
     with pytest.raises(ValueError, match="does not exist"):
         Tokenizer.load(tmp_path / "none.model")
     (tmp_path / "junk.model").write_bytes(b"junk")

@@ -95,6 +95,9 @@ class Job:
             texts = sample(tasks, scanned, self.config.text_key, split, limit, advance)
             first = next(texts, None)
             if first is None:
+                # Text that would not do with nothing held out either needs another way out.
+                everything = sample(tasks, scanned, self.config.text_key, Split(0), limit, lambda _: None)
+                SentencePiece.train(everything, self.config.tokenizer)
                 raise self.empty("train", scanned)
             return SentencePiece.train(itertools.chain([first], texts), self.config.tokenizer)
 

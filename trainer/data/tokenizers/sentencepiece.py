@@ -7,6 +7,7 @@ Source: Kudo & Richardson, SentencePiece, arXiv 1808.06226.
 import dataclasses
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from trainer.data.tokenizer import Tokenizer
 # back as a space; its bytes are encoded instead.
 SPACE_MARK = "\u2581"
 END_OF_DOCUMENT = "<eod>"
+SMALLEST = 300
+# What SentencePiece says of texts that do not go with the size.
+MOST = re.compile(r"Vocabulary size too high .* <= (\d+)")
+LEAST = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
+NOTHING = "!sentences_.empty()"
+PLACE = re.compile(r"^\w+: \S+\(\d+\) \[.*?\] *")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +42,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("bpe", "unigram"):
             raise ValueError(f"tokenizer kind is {self.kind!r}; the kinds are bpe and unigram")
-        if self.vocab_size < 300:
-            raise ValueError(f"vocab_size is {self.vocab_size}; 256 of it are bytes, use at least 300")
+        if self.vocab_size < SMALLEST:
+            raise ValueError(f"vocab_size is {self.vocab_size}; 256 of it are bytes, use at least {SMALLEST}")
         if self.sample_bytes < 1:
             raise ValueError(f"sample_bytes is {self.sample_bytes}; it must be at least 1")
 
@@ -74,7 +81,7 @@ class SentencePiece(Tokenizer, kind="sentencepiece"):
 
     @classmethod
     def train(cls, texts: Iterable[str], config: TokenizerConfig) -> "SentencePiece":
-        """The same texts in the same order give the same tokenizer. Raises ValueError when they are too few."""
+        """The same texts in the same order give the same tokenizer. Raises ValueError if they do not suit its size."""
         out = io.BytesIO()
         sentencepiece.set_random_generator_seed(0)
         try:
@@ -99,10 +106,7 @@ class SentencePiece(Tokenizer, kind="sentencepiece"):
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise ValueError(
-                f"the texts do not fill a vocabulary of {config.vocab_size} pieces; use a smaller vocab_size, "
-                f"or more text (SentencePiece says: {error})"
-            ) from error
+            raise ValueError(refusal(str(error), config.vocab_size)) from error
         return cls(out.getvalue())
 
     @property
@@ -133,3 +137,18 @@ class SentencePiece(Tokenizer, kind="sentencepiece"):
         file = folder / self.name
         file.write_bytes(self.model)
         return file
+
+
+def refusal(error: str, vocab_size: int) -> str:
+    """What SentencePiece says when it cannot train, as one sentence with the ways out that Weft accepts."""
+    given = "give a tokenizer that exists with --tokenizer"
+    if least := LEAST.search(error):
+        return (
+            f"the text has too many different characters for a vocabulary of {vocab_size}; use --vocab-size {least[1]} "
+            f"or more, or {given}"
+        )
+    most = MOST.search(error)
+    if most is None and NOTHING not in error:
+        return f"no tokenizer can be trained on the text ({PLACE.sub('', error)}); {given}"
+    smaller = f"--vocab-size {most[1]} or less, " if most and int(most[1]) >= SMALLEST else ""
+    return f"the text is too small for a vocabulary of {vocab_size}; use {smaller}more text, or {given}"
