@@ -18,6 +18,7 @@ def list_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def ls(args: argparse.Namespace) -> int:
+    """Exit code 1 if one is damaged, as far as sizes tell."""
     from launch.runs import checkpoints
     from trainer.checkpoint import damage
 
@@ -32,24 +33,23 @@ def ls(args: argparse.Namespace) -> int:
         for row in rows:
             state = "complete" if row["damage"] is None else f"damaged: {row['damage']}"
             print(f"{row['step']:>10}  {shown_bytes(row['bytes']):>10}  {state}  {row['path']}")
-    return 0
+    return int(any(row["damage"] for row in rows))
 
 
 def verify(args: argparse.Namespace) -> int:
     """Exit code 1 if one is damaged."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from launch.runs import checkpoints
     from trainer.checkpoint import damage
+    from trainer.progress import counting_bytes
 
     found = checkpoints(args.path)
-    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     verdicts = []
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
-        task = progress.add_task("", total=sum(size_of(path) for path in found.values()))
+    total = sum(size_of(path) for path in found.values())
+    with counting_bytes(Console(file=sys.stderr), "verifying", total) as advance:
         for step, path in found.items():
-            reason = damage(path, tell=lambda size: progress.advance(task, size))
+            reason = damage(path, tell=advance)
             verdicts.append({"step": step, "path": str(path), "damage": reason})
     if args.json:
         print(json.dumps(verdicts, indent=2))
