@@ -17,15 +17,16 @@ from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch.distributed.elastic.rendezvous.registry as rendezvous
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters, RendezvousStoreInfo
 
 from launch.command import UnfinishedError
 from launch.group import Group
 from launch.local import environment
-from trainer.process import AGENT
+from trainer.process import AGENT, PEER_LOST
 from trainer.signals import Stop
 
 # What the processes of a run take as "save and end". Ctrl-C and the end of a terminal session come to the agent alone.
@@ -57,14 +58,39 @@ def spec(group: Group, arguments: Sequence[str]) -> WorkerSpec:
     )
 
 
-class SavingAgent(LocalElasticAgent):
+class Agent(LocalElasticAgent):
+    """Gives every attempt a store of its own, in which its processes find one another.
+
+    torch (2.13) keeps one store for all attempts, and its processes write their addresses under the same keys in each:
+    after a restart, a process that reads before its peer writes connects to the one that died.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        super().__init__(spec, DefaultLogsSpecs())
+        self._server: TCPStore | None = None
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:  # type: ignore[override]
+        super()._rendezvous(worker_group)  # type: ignore[call-arg]
+        # What the machines share of this attempt alone; torch's own keys of the same names are beside it.
+        shared, rank, address = worker_group.store, worker_group.group_rank, worker_group.spec.local_addr
+        assert shared is not None and rank is not None
+        if rank == 0:
+            self._server = TCPStore(address or "localhost", 0, is_master=True)
+        port = self._server.port if rank == 0 and self._server is not None else None
+        found = RendezvousStoreInfo.build(rank, PrefixStore("weft", shared), address, port)
+        # torch declares both as None.
+        worker_group.master_addr = found.master_addr  # type: ignore[assignment]
+        worker_group.master_port = found.master_port  # type: ignore[assignment]
+
+
+class SavingAgent(Agent):
     """For processes that answer SIGTERM and SIGUSR1 by saving and ending with exit code 0.
 
     They start with both blocked: one that comes before a process can handle it waits until it does.
     """
 
     def __init__(self, spec: WorkerSpec, shutdown_timeout: float) -> None:
-        super().__init__(spec, DefaultLogsSpecs())
+        super().__init__(spec)
         self._timeout, self._deadline = shutdown_timeout, math.inf
         self._pids: list[int] = []
         self._asked: signal.Signals | None = None
@@ -113,7 +139,15 @@ class SavingAgent(LocalElasticAgent):
 
     def verdict(self) -> int:
         """The exit code after everything was ended at once; nothing is lost where nothing had started."""
-        return 130 if self._asked == signal.SIGINT else int(bool(self._pids))
+        if not self._pids:
+            return not_begun()
+        return 130 if self._asked == signal.SIGINT else 1
+
+
+def not_begun() -> int:
+    """The exit code of a run that was asked to stop before it was one."""
+    print("weft: asked to stop before the processes had started; the same command again begins", file=sys.stderr)
+    return 0
 
 
 def train(group: Group, arguments: Sequence[str], stop: Stop) -> int:
@@ -125,7 +159,7 @@ def train(group: Group, arguments: Sequence[str], stop: Stop) -> int:
     agent = SavingAgent(spec(group, arguments), group.shutdown_timeout)
     try:
         agent.listen()
-        return 0 if stop.requested else outcome(agent)
+        return not_begun() if stop.requested else outcome(agent)
     except SignalException:
         return agent.verdict()
 
@@ -135,7 +169,7 @@ def work(group: Group, arguments: Sequence[str]) -> int:
     prepare(group)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ENDS
     try:
-        return outcome(LocalElasticAgent(spec(group, arguments), DefaultLogsSpecs()))
+        return outcome(Agent(spec(group, arguments)))
     except SignalException as error:
         return 128 + error.sigval
 
@@ -149,7 +183,7 @@ def prepare(group: Group) -> None:
 
 
 def outcome(agent: LocalElasticAgent) -> int:
-    """Run the agent to its end; the exit code is that of the process that failed first.
+    """Run the agent to its end; the exit code is that of the process that failed first by itself.
 
     Raises SignalException, and UnfinishedError where the machines did not find one another.
     """
@@ -162,13 +196,14 @@ def outcome(agent: LocalElasticAgent) -> int:
         ) from error
     if not result.is_failed():
         return 0
-    rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+    # Times are whole seconds; whoever only lost a peer is never the cause of what another died of.
+    rank, failure = min(result.failures.items(), key=lambda item: (item[1].exitcode == PEER_LOST, item[1].timestamp))
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = "; the system does that where memory runs out" if name == "SIGKILL" else ""
         print(f"weft: rank {rank} was ended by {name}{hint}", file=sys.stderr)
         return 128 - failure.exitcode
-    # A refusal, 2, was said by the process in full.
-    if failure.exitcode != 2:
+    # The process itself has said what these are.
+    if failure.exitcode not in (2, PEER_LOST):
         print(f"weft: rank {rank} failed first, with exit code {failure.exitcode}; see above", file=sys.stderr)
     return failure.exitcode

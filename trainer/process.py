@@ -3,8 +3,11 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +22,12 @@ from trainer.config import RunConfig
 # The environment variable in which an agent leaves its process id.
 AGENT = "WEFT_AGENT"
 PR_SET_PDEATHSIG = 1
+# The exit code of a process that could not go on because another one of the run was gone.
+PEER_LOST = 4
+# What gloo and NCCL say then.
+GONE = re.compile("Connection reset by peer|Connection closed by peer|Broken pipe|remote process exited")
+# Seconds before such a process ends, in which the one that is the cause says why, and ends first.
+GRACE = 2
 
 
 def end_with_agent() -> None:
@@ -32,6 +41,33 @@ def end_with_agent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(agent):
         raise RuntimeError(f"the agent {agent} that started this process is gone")
+
+
+def lost_peer(error: BaseException | None) -> bool:
+    """Whether torch raised this, or what led to it, because another process was gone."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and GONE.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def told_apart() -> Iterator[None]:
+    """End with one line and PEER_LOST where only a peer is gone, so that what is shown in full is the cause.
+
+    With WEFT_TRACEBACK=1 the traceback is shown too.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        if os.environ.get("WEFT_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"weft: rank {dist.get_rank()} ends, because another process of the run is gone", file=sys.stderr)
+        time.sleep(GRACE)
+        raise SystemExit(PEER_LOST) from error
 
 
 @contextlib.contextmanager
@@ -48,7 +84,8 @@ def joined(config: MeshConfig) -> Iterator[Mesh]:
     end_with_agent()
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
-        yield Mesh(config, device)
+        with told_apart():
+            yield Mesh(config, device)
     finally:
         dist.destroy_process_group()
 

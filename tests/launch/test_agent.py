@@ -204,6 +204,55 @@ def test_restarts(tmp_path: Path) -> None:
     assert (tmp_path / "starts").stat().st_size == 4
 
 
+CONNECTS = """
+import os, pathlib, signal, sys, time
+import torch, torch.distributed as dist
+from parallel.mesh import MeshConfig
+from trainer.process import joined
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+folder, rank, attempt = pathlib.Path(sys.argv[1]), os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+(folder / f"pid-{rank}").write_text(str(os.getpid()))
+if rank == "1" and attempt != "0":
+    time.sleep(1)  # the other one looks for it first
+with joined(MeshConfig(fsdp=2)) as mesh:
+    mesh.data.sum_(torch.ones(1))
+    if rank == "1" and attempt in sys.argv[2]:
+        exec(sys.argv[3])
+    mesh.data.sum_(torch.ones(1))
+(folder / f"done-{rank}").touch()
+"""
+KILL, LINE = "os.kill(os.getpid(), signal.SIGKILL)", "weft: rank 0 ends, because another process of the run is gone\n"
+
+
+def test_a_run_goes_on_after_processes_were_killed(tmp_path: Path) -> None:
+    with started(tmp_path, CONNECTS, "01", KILL, restarts=2) as process:
+        code, out = ended(process, 200)
+    assert (code, set(out.splitlines(keepends=True))) == (0, {LINE})
+    assert (tmp_path / "done-0").exists() and (tmp_path / "done-1").exists()
+
+
+def test_only_the_cause_is_shown_in_full(tmp_path: Path) -> None:
+    with started(tmp_path, CONNECTS, "0", KILL) as process:
+        code, out = ended(process, 100)
+    assert code == 137
+    # Its line is lost where it is ended before it can say it.
+    assert out.removeprefix(LINE) == "weft: rank 1 was ended by SIGKILL; the system does that where memory runs out\n"
+    with started(tmp_path, CONNECTS, "0", "raise RuntimeError('out of thread')") as process:
+        code, out = ended(process, 100)
+    assert code == 1 and out.count("Traceback") == 1 and "RuntimeError: out of thread" in out
+    assert out.endswith("weft: rank 1 failed first, with exit code 1; see above\n")
+
+
+def test_asked_to_stop_before_the_start(tmp_path: Path) -> None:
+    code = "import sys; from launch import agent; from launch.group import Group; from trainer.signals import Stop\n"
+    code += "stop = Stop(); stop.requested = True; sys.exit(agent.train(Group(2), ['-c', '1 / 0'], stop))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(os.environ), cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "weft: asked to stop before the processes had started; the same command again begins\n"
+
+
 def test_processes_without_a_run_end_with_the_signal(tmp_path: Path) -> None:
     script = WORKER.replace("signal.signal(", "(lambda *_: None)(")
     with started(tmp_path, script, 0, 0, function="work") as process:
