@@ -73,7 +73,7 @@ ALL = "bench, check, ckpt, config, data, eval, export, generate, import, launch,
         (
             ["train", CONFIG, "train.stesp=3"],
             "train.stesp: unknown key; did you mean steps? train takes steps, global_batch, micro_batch, log_every, "
-            "eval_every, eval_batches, save_every, keep_checkpoints, keep_every, dtype, faults, profile",
+            "eval_every, eval_batches, save_every, keep_checkpoints, keep_every, dtype, compile, faults, profile",
         ),
         (
             ["train", CONFIG, "steps"],
@@ -170,16 +170,15 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def dataset(folder: Path, vocab_size: int = 60) -> list[str]:
-    """The overrides for two tokens, a manifest, and a tokenizer that nobody reads."""
+    """The overrides for two tokens and a manifest; a tokenizer would be read."""
     folder.mkdir()
     for name in ("train", "valid"):
         tokens = np.array([1, 0], dtype=token_dtype(vocab_size))
         (folder / f"{name}.bin").write_bytes(tokens.tobytes())
         write_index(folder / f"{name}.idx", tokens.dtype, 1, [np.array([2], dtype=np.int32)])
-    (folder / "tokenizer.model").touch()
     manifest = {"tokenizer": {"vocab_size": vocab_size, "sha256": "0"}}
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    return [f"data.train={folder}/train", f"data.valid={folder}/valid", f"data.tokenizer={folder}/tokenizer.model"]
+    return [f"data.train={folder}/train", f"data.valid={folder}/valid", "data.tokenizer=null"]
 
 
 @pytest.mark.parametrize("command", ["train", "launch"])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool, RankError
 from tests.trainer import runs
 from trainer import checkpoint, evaluate, evaluation, train
+from trainer.data.manifest import MANIFEST
 from trainer.data.sequences import Sequences
 from trainer.evaluate import Evaluation
 from trainer.evaluation import Request
 from trainer.loop import Launch
+from trainer.preflight import refuse_data
 from trainer.process import build_engine
 from trainer.runfolder import sole_use
 
@@ -47,6 +50,20 @@ def assert_same(one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> Non
         left, right = getattr(one, name), getattr(other, name)
         assert left.keys() == right.keys()
         assert all(torch.equal(left[key], right[key]) for key in left), name
+
+
+def test_another_tokenizer_than_the_data_s_is_refused_before_training(data: Path, tmp_path: Path) -> None:
+    """The run could never be evaluated, exported or asked for text."""
+    shutil.copytree(data, tmp_path / "data")
+    config = runs.run_config(tmp_path / "data", tmp_path / "run")
+    tokenizer = str(tmp_path / "data" / "tokenizer.model")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    refuse_data(config)
+    manifest = json.loads((tmp_path / "data" / MANIFEST).read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (tmp_path / "data" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="were made with another tokenizer than"):
+        refuse_data(config)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
