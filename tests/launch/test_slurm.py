@@ -140,8 +140,8 @@ def test_the_copy_is_what_runs(
         ),
         (
             ["--gpus-per-node", "8"],
-            "--nodes 2 x --nproc 8 makes 16 processes and the mesh fsdp=4 takes 4; leave --nproc out, or change "
-            "the mesh, such as mesh.fsdp=16",
+            "--nodes 2 x --nproc 8 makes 16 processes and the mesh fsdp=4 takes 4; leave --nproc out, or give a "
+            "mesh of 16 processes",
         ),
     ],
 )
