@@ -1,10 +1,6 @@
 """The folder of a run: checkpoints/, metrics.jsonl, tensorboard/, and config.yaml as the last launch resolved it."""
 
 import contextlib
-import fcntl
-import os
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -12,33 +8,16 @@ import yaml
 from configs.structure import to_plain
 from trainer.checkpoint import FOLDER
 from trainer.config import RunConfig
+from trainer.lock import sole_use
 from trainer.metrics import EVENTS, METRICS
 
 CONFIG = "config.yaml"
-LOCK = "lock"
 
 
-@contextlib.contextmanager
-def sole_use(folder: Path) -> Iterator[None]:
-    """Keep the folder from other runs as long as this lasts, or this process lives.
-
-    Raises ValueError where another run has it. Where files cannot be locked, nothing is kept from anyone.
-    """
+def claimed(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The folder, made if need be, for one run alone as long as this lasts. Raises ValueError where another has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            user = file.read().strip() or "another process"
-            raise ValueError(f"{folder} is in use by {user}; stop that run first, or use another run.dir") from None
-        except OSError:
-            yield
-            return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    return sole_use(folder, "stop that run first, or use another run.dir")
 
 
 def refuse_lost(folder: Path) -> None:

@@ -22,7 +22,7 @@ from trainer.evaluation import Request
 from trainer.loop import Launch
 from trainer.preflight import refuse_data
 from trainer.process import build_engine
-from trainer.runfolder import sole_use
+from trainer.runfolder import claimed
 
 MESHES = {
     "one": MeshConfig(),
@@ -183,7 +183,7 @@ def test_logs_without_a_checkpoint_are_an_error_unless_told(data: Path, tmp_path
 def test_a_folder_that_another_run_uses_is_refused(data: Path, tmp_path: Path, pool: Pool) -> None:
     """On all ranks, whatever the folder holds; and it is free again once that run is gone."""
     config = runs.run_config(data, tmp_path / "run", MeshConfig(dp=2), micro_batch=1)
-    with sole_use(tmp_path / "run"), pytest.raises(RankError, match=rf"in use by process {os.getpid()} on \S+; stop"):
+    with claimed(tmp_path / "run"), pytest.raises(RankError, match=rf"in use by process {os.getpid()} on \S+; stop"):
         pool.run(runs.run_through, 2, config, timeout=60)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
     assert len(pool.run(runs.run_through, 2, config, timeout=60)) == 2

@@ -1,7 +1,6 @@
 """The folder in which data are prepared: whose it is, what is left of an interrupted call, and what is complete."""
 
 import contextlib
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ from trainer.data.manifest import manifest_of
 from trainer.data.prepare_config import PrepareConfig
 from trainer.data.sources import find_files
 from trainer.data.workfiles import read_json, write_json
+from trainer.lock import LOCK, sole_use
 
 PLAN = "plan.json"
-LOCK = "lock"
 
 
 def finished(out: Path, config: PrepareConfig, arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -82,9 +81,5 @@ def locked(work: Path) -> Iterator[None]:
     if work.is_dir() and any(work.iterdir()) and not (work / LOCK).is_file():
         raise ValueError(f"{work}, which is where the work is done, holds something else; move it away")
     work.mkdir(parents=True, exist_ok=True)
-    with (work / LOCK).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{work} is being written by another process; wait for it, or stop it") from None
+    with sole_use(work, "wait for it, or stop it"):
         yield
