@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 from pathlib import Path
+from typing import Self
 
 
 class AppendingFile:
@@ -26,6 +27,12 @@ class AppendingFile:
             return error
         self._waiting = b""
         return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close it, after one more attempt at what waits."""

@@ -12,6 +12,7 @@ from typing import Literal
 
 from models.limits import at_least
 from parallel.engine import Batch, Engine
+from trainer.appending import AppendingFile
 
 FAULTS = "nonfinite.jsonl"
 
@@ -49,13 +50,22 @@ class Faults:
         ranges = self._suspects(batch, first_sample, micro_batches)
         if self._engine.mesh.is_main:
             record = {"step": step, "loss": str(loss), "grad_norm": str(norm), "samples": ranges}
-            with self._file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
+            self._write(json.dumps(record) + "\n")
         self._skipped += 1
         if self._config.policy == "skip" and self._skipped <= self._config.most_skips:
             self._say(f"step {step} has loss {loss} and gradient norm {norm}: skipped, see {self._file}")
             return False
         raise FloatingPointError(self._sentence(step, loss, norm))
+
+    def _write(self, line: str) -> None:
+        """Rank 0 alone writes, and must not leave the others for a full disk."""
+        try:
+            with AppendingFile(self._file) as file:
+                error = file.append(line.encode())
+        except OSError as failed:
+            error = failed
+        if error is not None:
+            self._say(f"warning: {self._file} could not be written ({error.strerror}); it lacks {line.strip()}")
 
     def _suspects(self, batch: Batch, first_sample: int, micro_batches: int) -> list[list[int]]:
         """[first, past the last] of the samples whose micro-batch has a loss that is not finite; without any (it was
