@@ -21,6 +21,16 @@ def fitting_tokenizer(path: str | None, model: str, vocab_size: int) -> Tokenize
     return tokenizer
 
 
+def refuse_other(prefix: str, tokenizer: Tokenizer, path: str) -> None:
+    """Raise ValueError for data that say they were made with another tokenizer than that at `path`."""
+    described = (read_manifest(prefix) or {}).get("tokenizer", {})
+    # An exported tokenizer is written in another format, and has another hash.
+    if described.get("kind") == tokenizer.kind and described.get("sha256") != tokenizer.sha256:
+        raise ValueError(
+            f"the data {prefix} were made with another tokenizer than {path}; give data that the model's made"
+        )
+
+
 def fitting_stream(prefix: str, model: str, vocab_size: int, tokenizer: str | None) -> tuple[Stream, Tokenizer | None]:
     """Prepared data, and the tokenizer that made them, if it is there. tokenizer: the model's, if known.
 
@@ -32,13 +42,10 @@ def fitting_stream(prefix: str, model: str, vocab_size: int, tokenizer: str | No
             f"the data {prefix} were made with a tokenizer of {stream.vocab_size} pieces and the model {model} has a "
             f"vocabulary of {vocab_size}; give data that the model's tokenizer made"
         )
-    own = Tokenizer.load(tokenizer) if tokenizer is not None and Path(tokenizer).exists() else None
-    described = (read_manifest(prefix) or {}).get("tokenizer", {})
-    # An exported tokenizer is written in another format, and has another hash.
-    if own is not None and described.get("kind") == own.kind and described.get("sha256") != own.sha256:
-        raise ValueError(
-            f"the data {prefix} were made with another tokenizer than {tokenizer}; give data that the model's made"
-        )
+    own = None
+    if tokenizer is not None and Path(tokenizer).exists():
+        own = Tokenizer.load(tokenizer)
+        refuse_other(prefix, own, tokenizer)
     # Data from elsewhere say nothing of their vocabulary, and the model has no row for what is outside its own.
     known = stream if stream.vocab_size is not None else dataclasses.replace(stream, vocab_size=vocab_size)
     return known, own
