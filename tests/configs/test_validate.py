@@ -34,6 +34,13 @@ RUN: dict[str, Any] = {
 }
 
 
+def refusal(change: str) -> str:
+    """What is said of RUN with this override."""
+    with pytest.raises(ConfigError) as caught:
+        parse(RunConfig, merge(RUN, override(change, RUN)))
+    return str(caught.value)
+
+
 def test_a_valid_run() -> None:
     before = copy.deepcopy(RUN)
     config = parse(RunConfig, RUN)
@@ -178,9 +185,7 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
     ],
 )
 def test_one_sentence(change: str, sentence: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse(RunConfig, merge(RUN, override(change, RUN)))
-    assert str(caught.value) == sentence
+    assert refusal(change) == sentence
 
 
 def test_null_takes_out_an_entry_that_a_base_gives(tmp_path: Path) -> None:
