@@ -134,7 +134,9 @@ class Sublayer(nn.Module, Generic[Branch]):
 
 
 def joined(layer: "Layer", *parts: tuple[bool, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """All losses of a layer. Each part says whether it has any, which pipeline stages plan by.
+    """All losses of a layer, whose index only errors read: a compiler would otherwise make code for every layer.
+
+    Each part says whether it has any, which pipeline stages plan by.
 
     Raises ValueError when a part does not do as it says, or two parts use one name: a loss would be lost in silence.
     """

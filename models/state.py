@@ -61,6 +61,7 @@ class Views(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Views":
         """Apply `function` to each distinct tensor once."""
+        # By identity, not by a table of ids, for which a compiler would make new code at every call.
         q_BTD = function(self.q_BTD)
         k_BTD = q_BTD if self.k_BTD is self.q_BTD else function(self.k_BTD)
         if self.v_BTD is self.q_BTD:
