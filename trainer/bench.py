@@ -36,7 +36,7 @@ def bench(config: RunConfig, mesh: Mesh, steps: int, warmup: int) -> BenchResult
         raise ValueError(f"steps is {steps} and warmup {warmup}; they must be at least 1 and 0")
     peak = matmul_peak(mesh.device, getattr(torch, config.train.dtype))
     spent = cost(config.model, config.data.sequence_length)
-    engine = build_engine(config, mesh)
+    engine = build_engine(config, mesh, config.train.compile)
     optimizer = config.optim.build(engine)
     generator = torch.Generator().manual_seed(mesh.data_rank)
     rows = config.train.micro_batch * config.micro_batches

@@ -20,7 +20,7 @@ from trainer.process import build_engine
 from trainer.profiling import profiled
 from trainer.progress import say
 from trainer.resume import everyone, on_main, resume
-from trainer.runfolder import refuse_lost, retire, sole_use, write_config
+from trainer.runfolder import claimed, refuse_lost, retire, write_config
 from trainer.saver import Saver
 from trainer.signals import Stop
 from trainer.state import RunState
@@ -58,7 +58,7 @@ def train(
     could not be saved.
     """
     with contextlib.ExitStack() as stack:
-        on_main(mesh.is_main, lambda: stack.enter_context(sole_use(Path(config.run.dir))))
+        on_main(mesh.is_main, lambda: stack.enter_context(claimed(Path(config.run.dir))))
         return run(config, mesh, launch or Launch(), console or Console(), stop or Stop())
 
 
@@ -69,7 +69,7 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
     held_out = Sequences(config.data.valid, config.data.sequence_length) if config.data.valid else None
     refuse_vocabulary(config)
 
-    engine = build_engine(config, mesh)
+    engine = build_engine(config, mesh, config.train.compile)
     optimizer = config.optim.build(engine)
     if launch.fresh:
         on_main(mesh.is_main, lambda: retire(folder))

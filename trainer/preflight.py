@@ -14,14 +14,14 @@ from models.hf.folder import is_exported
 from models.layer import Layer
 from models.lm import LM
 from parallel import pipeline
-from parallel.compiled import refuse_schedule
+from parallel.compiled import refuse_compile, refuse_schedule
 from parallel.mesh import MeshConfig
 from parallel.preflight import refuse
 from trainer import checkpoint
 from trainer.checkpoint import FOLDER
 from trainer.config import RunConfig
 from trainer.data.check import open_data
-from trainer.data.fitting import fitting_stream, fitting_tokenizer
+from trainer.data.fitting import fitting_tokenizer, refuse_other
 from trainer.data.format import suffixes
 from trainer.data.sources import find_files
 from trainer.data.vocabulary import refuse_vocabulary
@@ -29,6 +29,7 @@ from trainer.evaluation import Request, refuse_mesh
 from trainer.initial import refuse_initial
 from trainer.optim.base import OptimConfig
 from trainer.optim.groups import refuse_patterns
+from trainer.process import device_type
 from trainer.runfolder import CONFIG
 
 
@@ -90,6 +91,12 @@ def refuse_model(config: LMConfig) -> None:
             raise at("model", str(error)) from error
 
 
+def refuse_machine(config: RunConfig) -> None:
+    """Raise ValueError where this machine lacks what the config asks for."""
+    if config.train.compile:
+        refuse_compile(device_type())
+
+
 def refuse_data(config: RunConfig) -> None:
     """Raise ConfigError where a file of the data is missing, and ValueError where they do not fit the model."""
     blended = not isinstance(config.data.train, str)
@@ -104,9 +111,9 @@ def refuse_data(config: RunConfig) -> None:
         raise at("data.tokenizer", f"{tokenizer} does not exist; give the tokenizer.model that weft prepare wrote")
     refuse_vocabulary(config)
     if tokenizer is not None:
-        fitting_tokenizer(tokenizer, "of the config", config.model.vocab_size)
+        own = fitting_tokenizer(tokenizer, "of the config", config.model.vocab_size)
         for prefix in (*config.data.weights, *([config.data.valid] if config.data.valid else [])):
-            fitting_stream(prefix, "of the config", config.model.vocab_size, tokenizer)
+            refuse_other(prefix, own, tokenizer)
     refuse_initial(config)
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from parallel.compiled import refuse_compile
 from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
 from trainer.allocator import keep_freed_memory
@@ -70,10 +69,15 @@ def told_apart() -> Iterator[None]:
         raise SystemExit(PEER_LOST) from error
 
 
+def device_type() -> str:
+    """What this machine computes on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextlib.contextmanager
 def joined(config: MeshConfig) -> Iterator[Mesh]:
     """This process's place in the mesh. NCCL connects GPUs and gloo CPUs; a process started alone needs neither."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
@@ -90,13 +94,9 @@ def joined(config: MeshConfig) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """The run's model on the mesh, with its initial weights.
+def build_engine(config: RunConfig, mesh: Mesh, compile: bool = False) -> Engine:
+    """The run's model on the mesh, with its initial weights. compile: worth it for many steps, so for training alone.
 
-    Raises ValueError for a mesh that cannot hold the model, and where it is to be compiled and cannot be.
+    Raises ValueError for a mesh that cannot hold the model.
     """
-    train = config.train
-    if train.compile:
-        refuse_compile(mesh.device)
-    dtype = getattr(torch, train.dtype)
-    return Engine(config.model, mesh, seed=config.run.seed, dtype=dtype, compile=train.compile)
+    return Engine(config.model, mesh, seed=config.run.seed, dtype=getattr(torch, config.train.dtype), compile=compile)

@@ -23,11 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, stop: Stop) -> int:
     # Imported only now, because it takes seconds, in which a signal must not be missed.
     from trainer.loop import Launch, train
-    from trainer.preflight import load_run, refuse_data
+    from trainer.preflight import load_run, refuse_data, refuse_machine
     from trainer.process import joined
 
     try:
         config = load_run(args.config, args.overrides)
+        refuse_machine(config)
         refuse_data(config)
         with joined(config.mesh) as mesh:
             train(config, mesh, Launch(args.stop_after, args.fresh), stop=stop)

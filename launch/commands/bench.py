@@ -18,8 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from launch.group import Group
     from launch.runs import load_run
+    from trainer.preflight import refuse_machine
 
     config = load_run(args.config, args.overrides)
+    refuse_machine(config)
     group = Group(nproc=config.mesh.world_size)
     if "WORLD_SIZE" not in os.environ and not group.alone:
         from launch import agent

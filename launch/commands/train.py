@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
 def checked(args: argparse.Namespace) -> "RunConfig":
     """The config, refused here where it can be: processes would each report it."""
     from launch.runs import load_run
-    from trainer.preflight import refuse_data
+    from trainer.preflight import refuse_data, refuse_machine
 
     config = load_run(args.config, args.overrides)
+    refuse_machine(config)
     refuse_data(config)
     return config
 
