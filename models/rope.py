@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.kernels.blocks import row_blocks
+from models.kernels.opaque import opaque
 from models.params import upcast
 
 Swap = Callable[[Tensor], Tensor]
@@ -16,6 +18,12 @@ Swap = Callable[[Tensor], Tensor]
 
 def angles(positions_BT: Tensor, rotated: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2i/R), each [B, T, 1, R/2]."""
+    return _angles(positions_BT, rotated, theta, dtype)
+
+
+# A compiler would compute them again for each head, and in the backward pass.
+@opaque
+def _angles(positions_BT: Tensor, rotated: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     exponent = torch.arange(0, rotated, 2, device=positions_BT.device, dtype=dtype) / rotated
     phase = positions_BT[..., None, None].to(dtype) * theta**-exponent
     return phase.cos(), phase.sin()
@@ -63,8 +71,13 @@ class _Turn(torch.autograd.Function):
     def forward(ctx: Any, x_BTHR: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor, swap: Swap) -> Tensor:
         ctx.save_for_backward(cos_BT1R, sin_BT1R)
         ctx.swap = swap
-        x = upcast(x_BTHR)
-        return (x * cos_BT1R).addcmul_(swap(x), sin_BT1R).to(x_BTHR.dtype)
+        out_BTHR = torch.empty_like(x_BTHR, memory_format=torch.contiguous_format)
+        tokens = (x.flatten(0, 1) for x in (out_BTHR, x_BTHR, cos_BT1R, sin_BT1R))
+        out_NHR, x_NHR, cos_N1R, sin_N1R = tokens
+        for block in row_blocks(x_NHR):
+            x = upcast(x_NHR[block])
+            out_NHR[block] = swap(x).mul_(sin_N1R[block]).addcmul_(x, cos_N1R[block])
+        return out_BTHR
 
     @staticmethod
     def backward(ctx: Any, grad_BTHR: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

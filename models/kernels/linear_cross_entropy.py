@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels.blocks import row_blocks
+
 IGNORE = -100
 # Logits of a chunk. Below this a chunk's products no longer run at the speed of large ones.
-CHUNK_LOGITS = 2**23
+CHUNK_LOGITS = 2**24
 LEAST_TOKENS = 256
 
 
@@ -69,27 +71,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = max(LEAST_TOKENS, CHUNK_LOGITS // weight_VD.shape[0])
         for start in range(0, h_ND.shape[0], size):
             chunk = slice(start, start + size)
-            h_CD, targets_C = h_ND[chunk], targets_N[chunk]
+            h_CD, targets_C, loss_C = h_ND[chunk], targets_N[chunk], loss_N[chunk]
             logits_CV = F.linear(h_CD, weight_VD)
-            # Not softmax(dtype=wide), which on CPUs takes five times as long as the two steps.
-            p_CV = logits_CV.to(wide).softmax(-1)
-            # The largest probability is at least 1/V, so that its logarithm is safe where that of others is not.
-            own_C = logits_CV.amax(-1).to(wide) - p_CV.amax(-1).log()
-            all_C = vocabulary.logsumexp(own_C)
-            id_C = targets_C - vocabulary.offset
-            mine_C = (id_C >= 0) & (id_C < weight_VD.shape[0])
-            id_C1 = id_C.where(mine_C, 0)[:, None]
-            picked_C = vocabulary.sum(logits_CV.gather(-1, id_C1)[:, 0].to(wide) * mine_C)
+            for block in row_blocks(logits_CV):
+                loss_C[block] = _differentiate(logits_CV[block], targets_C[block], vocabulary)
             valid_C = targets_C != IGNORE
-            loss_N[chunk] = (all_C - picked_C) * valid_C
+            loss_C *= valid_C
             if dh_ND is None or dweight_VD is None:
                 continue
-            vocabulary.rescale(p_CV, own_C, all_C)
-            p_CV.scatter_add_(-1, id_C1, -mine_C[:, None].to(wide))
-            d_CV = p_CV.to(h_ND.dtype)
             valid_C1 = valid_C[:, None].to(h_ND.dtype)
-            dh_ND[chunk] = (d_CV @ weight_VD) * valid_C1
-            dweight_VD += d_CV.mT @ (h_CD * valid_C1)
+            dh_ND[chunk] = (logits_CV @ weight_VD) * valid_C1
+            dweight_VD += logits_CV.mT @ (h_CD * valid_C1)
         if dh_ND is not None and dweight_VD is not None:
             ctx.save_for_backward(dh_ND, dweight_VD.to(weight_VD.dtype))
         return (loss_N if counted_N is None else loss_N * counted_N).sum()
@@ -98,3 +90,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dh_ND, dweight_VD = ctx.saved_tensors
         return dh_ND * grad.to(dh_ND.dtype), dweight_VD * grad.to(dweight_VD.dtype), None, None, None
+
+
+def _differentiate(logits_CV: Tensor, targets_C: Tensor, vocabulary: WholeVocabulary) -> Tensor:
+    """The cross-entropy [C] of each row, whose logits become the gradient; of no meaning where there is no target."""
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    # Not softmax(dtype=wide), which on CPUs takes five times as long as the two steps.
+    p_CV = logits_CV.to(wide).softmax(-1)
+    # The largest probability is at least 1/V, so that its logarithm is safe where that of others is not.
+    own_C = logits_CV.amax(-1).to(wide) - p_CV.amax(-1).log()
+    all_C = vocabulary.logsumexp(own_C)
+    id_C = targets_C - vocabulary.offset
+    mine_C = (id_C >= 0) & (id_C < logits_CV.shape[-1])
+    id_C1 = id_C.where(mine_C, 0)[:, None]
+    picked_C = vocabulary.sum(logits_CV.gather(-1, id_C1)[:, 0].to(wide) * mine_C)
+    vocabulary.rescale(p_CV, own_C, all_C)
+    p_CV.scatter_add_(-1, id_C1, -mine_C[:, None].to(wide))
+    logits_CV.copy_(p_CV)
+    return all_C - picked_C

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from models.kernels.attention import as_bias, attend, blocked, visibility
 from models.kernels.attention.blocked import attend_blocked
+from tests.compilers import needs_compiler
 
 # batch, length, query heads, key heads, key width, value width
 SHAPES = {
@@ -66,3 +67,23 @@ def test_equals_attention_with_a_mask(
     expected = (reference, *torch.autograd.grad(reference, wide, cotangent.double()))
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).abs().max() <= TOLERANCE[dtype] * max(1.0, b.detach().abs().max().item())
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kept", [0, 2**40], ids=["recomputed", "kept"])
+def test_a_compiler_calls_it_as_it_is(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, compiled and not, between operations that a compiler lays out as it likes."""
+    monkeypatch.setattr(blocked, "KEPT_BYTES", kept)
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, 33, 8 * 4, generator=generator, dtype=torch.float64).requires_grad_()
+    documents_BT, positions_BT = places(2, 33, packed=True)
+
+    def through(qkv: Tensor) -> Tensor:
+        q, k, v = (qkv * 2).unflatten(-1, (8, 4)).split((4, 2, 2), dim=2)
+        return attend_blocked(q, k, v, positions_BT, documents_BT, 20) + 1
+
+    torch.compiler.reset()
+    outs = [function(qkv) for function in (through, torch.compile(through, fullgraph=True))]
+    expected, got = ((out, *torch.autograd.grad(out.sin().sum(), qkv)) for out in outs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -17,6 +17,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "LEAST_TOKENS", 4)
 
 
+@pytest.mark.usefixtures("blocked")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(1, 3, 5), (4, 8, 16), (9, 6, 7), (60, 5, 33)])
 @pytest.mark.parametrize("ignored", [0, 1, 3])

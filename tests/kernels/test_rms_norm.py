@@ -10,6 +10,7 @@ from models.kernels.rms_norm import rms_norm
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
+@pytest.mark.usefixtures("blocked")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (7, 3), (5, 7, 65), (2, 3, 4, 8)], ids=str)
 def test_equals_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:

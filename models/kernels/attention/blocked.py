@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from models.kernels.opaque import opaque
+
 BLOCK = 128
 # Probabilities up to this many bytes are kept for the backward pass, and more are computed again.
 KEPT_BYTES = 256 * 2**20
@@ -77,6 +79,61 @@ def probabilities(q_NGTK: Tensor, k_NTK: Tensor, block: Block, batch: int) -> Te
     return score.softmax(-1)
 
 
+# Opaque to torch.compile, because its own softmax and scattering of slices are slower (docs/experiments.md).
+@opaque
+def _forward(
+    q_BTHK: Tensor,
+    k_BTJK: Tensor,
+    v_BTJV: Tensor,
+    positions_BT: Tensor,
+    documents_BT: Tensor | None,
+    window: int | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The output, and for the backward pass the inputs by key head and, unless they are large, the probabilities."""
+    batch, length, heads, width = q_BTHK.shape
+    key_heads = k_BTJK.shape[2]
+    q_NGTK = by_key_head(q_BTHK * width**-0.5, key_heads)
+    # Copies even where they lie as wanted: an operator returns none of its arguments.
+    copies = (x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in (k_BTJK, v_BTJV))
+    k_NTK, v_NTV = (x.flatten(0, 1) for x in copies)
+    out_NGTV = q_NGTK.new_empty(*q_NGTK.shape[:3], v_NTV.shape[-1])
+    keep = batch * heads * length * length // 2 * q_NGTK.element_size() <= KEPT_BYTES
+    kept = []
+    for block in blocks(length, documents_BT, positions_BT, window):
+        p_NQS = probabilities(q_NGTK, k_NTK, block, batch)
+        out_NQV = torch.bmm(p_NQS, v_NTV[:, block.first : block.stop])
+        out_NGTV[:, :, block.start : block.stop] = out_NQV.unflatten(1, (q_NGTK.shape[1], -1))
+        kept += [p_NQS] if keep else []
+    return by_token(out_NGTV, batch), [q_NGTK, k_NTK, v_NTV, *kept]
+
+
+@opaque
+def _backward(
+    grad_BTHV: Tensor, saved: list[Tensor], positions_BT: Tensor, documents_BT: Tensor | None, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_NGTK, k_NTK, v_NTV, *kept = saved
+    batch, groups = grad_BTHV.shape[0], q_NGTK.shape[1]
+    grad_NGTV = by_key_head(grad_BTHV, k_NTK.shape[0] // batch)
+    # Several blocks add to a key's gradient, which bfloat16 would round each time.
+    wide = torch.promote_types(q_NGTK.dtype, torch.float32)
+    dq_NGTK = torch.empty_like(q_NGTK)
+    dk_NTK, dv_NTV = torch.zeros_like(k_NTK, dtype=wide), torch.zeros_like(v_NTV, dtype=wide)
+    for index, block in enumerate(blocks(q_NGTK.shape[2], documents_BT, positions_BT, window)):
+        queries, keys = slice(block.start, block.stop), slice(block.first, block.stop)
+        p_NQS = kept[index] if kept else probabilities(q_NGTK, k_NTK, block, batch)
+        grad_NQV = grad_NGTV[:, :, queries].flatten(1, 2)
+        dv_NTV[:, keys] += torch.bmm(p_NQS.mT, grad_NQV)
+        dp_NQS = torch.bmm(grad_NQV, v_NTV[:, keys].mT)
+        ds_NQS = torch.ops.aten._softmax_backward_data(dp_NQS, p_NQS, -1, p_NQS.dtype)
+        dq_NGTK[:, :, queries] = torch.bmm(ds_NQS, k_NTK[:, keys]).unflatten(1, (groups, -1))
+        dk_NTK[:, keys] += torch.bmm(ds_NQS.mT, q_NGTK[:, :, queries].flatten(1, 2))
+    dq_BTHK = by_token(dq_NGTK, batch) * q_NGTK.shape[-1] ** -0.5
+    dk_BTJK, dv_BTJV = (
+        x.unflatten(0, (batch, -1)).transpose(1, 2).to(q_NGTK.dtype, copy=True) for x in (dk_NTK, dv_NTV)
+    )
+    return dq_BTHK, dk_BTJK, dv_BTJV
+
+
 class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -88,40 +145,12 @@ class _Blocked(torch.autograd.Function):
         documents_BT: Tensor | None,
         window: int | None,
     ) -> Tensor:
-        batch, length, heads, width = q_BTHK.shape
-        key_heads = k_BTJK.shape[2]
-        q_NGTK = by_key_head(q_BTHK * width**-0.5, key_heads)
-        k_NTK, v_NTV = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (k_BTJK, v_BTJV))
-        out_NGTV = q_NGTK.new_empty(*q_NGTK.shape[:3], v_NTV.shape[-1])
-        ctx.keep = batch * heads * length * length // 2 * q_NGTK.element_size() <= KEPT_BYTES
-        kept = []
-        for block in blocks(length, documents_BT, positions_BT, window):
-            p_NQS = probabilities(q_NGTK, k_NTK, block, batch)
-            out_NQV = torch.bmm(p_NQS, v_NTV[:, block.first : block.stop])
-            out_NGTV[:, :, block.start : block.stop] = out_NQV.unflatten(1, (q_NGTK.shape[1], -1))
-            kept += [p_NQS] if ctx.keep else []
-        ctx.batch, ctx.window = batch, window
-        ctx.save_for_backward(q_NGTK, k_NTK, v_NTV, positions_BT, documents_BT, *kept)
-        return by_token(out_NGTV, batch)
+        out_BTHV, saved = _forward(q_BTHK, k_BTJK, v_BTJV, positions_BT, documents_BT, window)
+        ctx.window = window
+        ctx.save_for_backward(positions_BT, documents_BT, *saved)
+        return out_BTHV
 
     @staticmethod
     def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q_NGTK, k_NTK, v_NTV, positions_BT, documents_BT, *kept = ctx.saved_tensors
-        batch, groups, key_heads = ctx.batch, q_NGTK.shape[1], k_NTK.shape[0] // ctx.batch
-        grad_NGTV = by_key_head(grad_BTHV, key_heads)
-        # Several blocks add to a key's gradient, which bfloat16 would round each time.
-        wide = torch.promote_types(q_NGTK.dtype, torch.float32)
-        dq_NGTK = torch.empty_like(q_NGTK)
-        dk_NTK, dv_NTV = torch.zeros_like(k_NTK, dtype=wide), torch.zeros_like(v_NTV, dtype=wide)
-        for index, block in enumerate(blocks(q_NGTK.shape[2], documents_BT, positions_BT, ctx.window)):
-            queries, keys = slice(block.start, block.stop), slice(block.first, block.stop)
-            p_NQS = kept[index] if ctx.keep else probabilities(q_NGTK, k_NTK, block, batch)
-            grad_NQV = grad_NGTV[:, :, queries].flatten(1, 2)
-            dv_NTV[:, keys] += torch.bmm(p_NQS.mT, grad_NQV)
-            dp_NQS = torch.bmm(grad_NQV, v_NTV[:, keys].mT)
-            ds_NQS = torch.ops.aten._softmax_backward_data(dp_NQS, p_NQS, -1, p_NQS.dtype)
-            dq_NGTK[:, :, queries] = torch.bmm(ds_NQS, k_NTK[:, keys]).unflatten(1, (groups, -1))
-            dk_NTK[:, keys] += torch.bmm(ds_NQS.mT, q_NGTK[:, :, queries].flatten(1, 2))
-        dq_BTHK = by_token(dq_NGTK, batch) * q_NGTK.shape[-1] ** -0.5
-        dk_BTJK, dv_BTJV = (x.unflatten(0, (batch, -1)).transpose(1, 2).to(q_NGTK.dtype) for x in (dk_NTK, dv_NTV))
-        return dq_BTHK, dk_BTJK, dv_BTJV, None, None, None
+        positions_BT, documents_BT, *saved = ctx.saved_tensors
+        return *_backward(grad_BTHV, saved, positions_BT, documents_BT, ctx.window), None, None, None

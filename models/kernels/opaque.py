@@ -1,0 +1,28 @@
+"""Functions that torch.compile calls as they are, where its own code for them is slower."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def opaque(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Under a compiler, make one operator of a function that changes none of its arguments and returns none of them.
+
+    Its derivative is the caller's: an autograd.Function calls one for each direction. It is named after its module, of
+    which an exported model brings another one. Shapes of results depend on those of the arguments alone, so that the
+    function itself, run without data, tells the compiler of them.
+    """
+    namespace = re.sub(r"\W", "_", function.__module__)
+    operator = torch.library.custom_op(f"{namespace}::{function.__name__.strip('_')}", function, mutates_args=())
+    operator.register_fake(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Result:
+        return operator(*args) if torch.compiler.is_compiling() else function(*args)
+
+    return call
