@@ -97,7 +97,8 @@ def norm(parameters: Iterable[Held], mesh: Mesh) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for held in parameters:
         if not held.shard.copy:
-            total = total + held.gradient.double().square().sum().cpu() / held.holder(mesh)[1]
+            own = torch.linalg.vector_norm(held.gradient, dtype=torch.float64)
+            total = total + own.square().cpu() / held.holder(mesh)[1]
     if dist.is_initialized():
         total = total.to(mesh.device)
         dist.all_reduce(total)
