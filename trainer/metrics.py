@@ -69,7 +69,8 @@ def perplexity(loss: float) -> float:
 
 def expert_loads(stats: Mapping[str, Tensor]) -> dict[str, float]:
     """By layer: how many times the mean load the largest one is; 1 is even, and a layer without picks is left out."""
-    loads = {name.removesuffix(LOAD): load for name, load in stats.items() if name.endswith(LOAD)}
+    # Loads are whole numbers, of which torch makes no mean.
+    loads = {name.removesuffix(LOAD): load.double() for name, load in stats.items() if name.endswith(LOAD)}
     return {name: float(load.max() / load.mean()) for name, load in loads.items() if load.sum() > 0}
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.cli import main
+from models.ffn.moe import MoEConfig
 from parallel.mesh import Mesh
 from tests.trainer import runs
 from trainer import metrics
@@ -35,8 +36,18 @@ def test_every_step_reports_all_that_users_look_for(data: Path, tmp_path: Path) 
 
 
 def test_expert_loads_are_the_largest_over_the_mean() -> None:
-    stats = {"layers.1.ffn.expert_load": torch.tensor([3.0, 1.0, 2.0]), "layers.2.ffn.expert_load": torch.zeros(2)}
+    # Whole numbers, as routers count picks.
+    loads = {"layers.1": torch.tensor([3, 1, 2]), "layers.2": torch.zeros(2, dtype=torch.int64)}
+    stats = {f"{layer}.ffn.expert_load": load for layer, load in loads.items()}
     assert expert_loads({**stats, "layers.0.depth.gate": torch.ones(())}) == {"layers.1": 1.5}
+
+
+def test_a_run_with_experts_reports_their_loads(data: Path, tmp_path: Path) -> None:
+    config = runs.run_config(data, tmp_path / "run", steps=2)
+    layer = dataclasses.replace(config.model.layers["A"], ffn=MoEConfig(num_experts=4, top_k=2, hidden=16))
+    runs.run(dataclasses.replace(config, model=dataclasses.replace(config.model, layers={"A": layer})))
+    loads = metrics.read(tmp_path / "run")[-1]
+    assert all(1 <= loads[f"experts/layers.{index}"] <= 4 for index in range(2))
 
 
 def test_the_profiler_writes_a_trace_of_its_steps(data: Path, tmp_path: Path) -> None:
