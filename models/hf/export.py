@@ -27,6 +27,7 @@ from models.hf.tokenizer import GENERATION, SAMPLE, export_tokenizer
 from models.lm import LM
 
 WEFT = ("configs", "models", "parallel", "trainer", "launch")
+COPIES = "transformers_modules"
 CHECK_SHAPE = (2, 72)  # rows longer than the 64 tokens of a linear mixer's chunk
 
 
@@ -176,10 +177,11 @@ def difference(folder: Path, written: Written) -> str | None:
     with tempfile.TemporaryDirectory() as scratch:
         facts = Path(scratch) / "check.safetensors"
         reload.save_check(facts, expected(written))
-        # -P and the paths of this process: the same torch, but no module from a current folder.
+        # -P and the paths of this process: the same torch, but no module from a current folder, and no code that
+        # transformers copied from the exports that this process loaded.
         command = [sys.executable, "-P", reload.__file__, str(folder), str(facts), *WEFT, *written.optional]
         settings = {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path and not Path(path, COPIES).is_dir()),
             "HF_HOME": scratch,
             "HF_MODULES_CACHE": f"{scratch}/modules",
             "HF_HUB_OFFLINE": "1",

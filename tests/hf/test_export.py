@@ -220,6 +220,16 @@ def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out:
     assert [file.name for file in tmp_path.iterdir()] == ["here"]
 
 
+def test_code_of_exports_that_this_process_loaded_is_not_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "modules" / "transformers_modules").mkdir(parents=True)
+    (tmp_path / "modules" / "transformers_modules" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    model = spread(tiny.build(num_layers=1)).float()
+    export(model.config, model, tmp_path / "out", OURS)
+
+
 def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = spread(tiny.build(num_layers=1)).float()
     right = formats.to_plain
