@@ -1,7 +1,6 @@
 """Gated DeltaNet: a linear-time mixer whose state is written by the gated delta rule.
 
-Shape suffixes: B batch, T sequence, S = T and the W - 1 tokens before it, D model width, H key heads, J value heads,
-K key width, V value width, W kernel width.
+Shape suffixes: B batch, T sequence, D model width, H key heads, J value heads, K key width, V value width.
 """
 
 import dataclasses
@@ -14,14 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.conv import FanInUniform, prepend, short_conv, tail
-from models.kernels.delta_rule.reference import CHUNK, chunked, recurrent
 from models.limits import at_least
+from models.linear import LinearMixer, Rule, key_gated, rule_flops, unit
 from models.params import Axis, Linear, RMSNorm, declare, upcast
 from models.slots import Cache, Mixer, MixerConfig
-from models.state import KEY_GATE, Projected, Side, State, Views
-
-L2_EPS = 1e-6
+from models.state import Projected, Side, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +69,9 @@ class GatedDeltaNetConfig(MixerConfig, kind="gated_deltanet"):
         return self.num_value_heads or self.num_heads, int(self.head_dim * self.expand_v)
 
     def flops_per_token(self, d_model: int, sequence: int) -> float:
-        """Of the chunk form: two C x C products per key head; solving, reading and writing per value head."""
         key, (value_heads, value) = self.head_dim, self.value_shape(d_model)
-        chunk = min(CHUNK, sequence)
         conv = 2 * self.conv_size * (2 * self.num_heads * key + value_heads * value)
-        per_value_head = 2 * chunk * key + 4 * chunk * value + 6 * key * value
-        return conv + 4 * chunk * key * self.num_heads + per_value_head * value_heads
+        return conv + rule_flops(key, value, self.num_heads, value_heads, sequence, delta=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +92,7 @@ class TimeStepBias:
         return step + (-torch.expm1(-step)).log()
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(LinearMixer):
     """Value-sized projections split over "heads", key-sized ones over "kv_heads": key heads may be fewer than ranks."""
 
     def __init__(self, config: GatedDeltaNetConfig, ctx: LayerContext) -> None:
@@ -120,14 +113,8 @@ class GatedDeltaNet(Mixer):
         self.dt_bias: nn.Parameter
         declare(self, "A_log", (value_heads,), LogDecayRate(), (axis,), decay=False)
         declare(self, "dt_bias", (value_heads,), TimeStepBias(), (axis,), decay=False)
-        self.convs: list[str] = []
-        for name, width, along in (("q", key, key_axis), ("k", key, key_axis), ("v", value, axis)):
-            init = FanInUniform(config.conv_size)
-            self.convs.append(f"conv_{name}")
-            declare(self, f"conv_{name}", (along.groups, width, config.conv_size), init, (along, None, None))
-            if config.conv_bias:
-                self.convs.append(f"conv_{name}_bias")
-                declare(self, f"conv_{name}_bias", (along.groups, width), init, (along, None), decay=False)
+        convs = {"q": (key_axis, key), "k": (key_axis, key), "v": (axis, value)}
+        self.declare_convs(convs, config.conv_size, config.conv_bias)
 
     def project(self, views: Views, inputs: State, side: Side) -> Projected:
         key, value = self.config.head_dim, self.value_width
@@ -142,51 +129,14 @@ class GatedDeltaNet(Mixer):
         }
         return Projected(heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)})
 
-    def core_weights(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.convs}
-
-    def core(
-        self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
-    ) -> tuple[Tensor, Cache | None]:
-        width, documents_BT, past = self.config.conv_size, side.documents_BT, cache or {}
-        documents_BS = real_B = None
-        if documents_BT is None and cache is not None:
-            documents_BT = torch.zeros_like(side.positions_BT)
-        if documents_BT is not None:
-            documents_BS = prepend(documents_BT, past.get("documents"), width, fill=-1)
-            real_B = (documents_BT >= 0).sum(1)
-        mixed, new = {}, {}
-        for name in ("q", "k", "v"):
-            x_BSHK = prepend(heads[name], past.get(f"conv_{name}"), width)
-            conv = short_conv(x_BSHK, weights[f"conv_{name}"], weights.get(f"conv_{name}_bias"), documents_BS)
-            mixed[name] = F.silu(conv)
-            if cache is not None and real_B is not None:
-                new[f"conv_{name}"] = tail(x_BSHK, real_B, width)
-        beta_BTJ = heads["beta"]
-        if KEY_GATE in heads:
-            beta_BTJ = beta_BTJ * heads[KEY_GATE][..., None].to(beta_BTJ.dtype)
-        state_BJKV = past.get("state")
-        if state_BJKV is not None and documents_BS is not None and documents_BT is not None:
-            goes_on_B = (documents_BT[:, 0] == documents_BS[:, width - 2]) | (documents_BT[:, 0] < 0)
-            state_BJKV = state_BJKV * goes_on_B[:, None, None, None]
-        q, k = unit(mixed["q"]), unit(mixed["k"])
-        rule = recurrent if q.shape[1] == 1 else chunked
+    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule) -> tuple[Tensor, Cache]:
+        q, k, beta_BTJ = unit(x["q"]), unit(x["k"]), key_gated(x["beta"], x)
         scale = q.shape[-1] ** -0.5
-        out_BTJV, state_BJKV = rule(
-            q, k, mixed["v"], beta_BTJ, heads["g"], scale=scale, documents_BT=documents_BT, state_BJKV=state_BJKV
-        )
-        if cache is None or documents_BS is None or real_B is None:
-            return out_BTJV, None
-        return out_BTJV, {**new, "state": state_BJKV, "documents": tail(documents_BS, real_B, width)}
+        out_BTJV, state_BJKV = rule(q, k, x["v"], x["g"], beta_BTJ, scale=scale, state_BJKV=past.get("state"))
+        return out_BTJV, {"state": state_BJKV}
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
         out = self.norm(out_BTHV).flatten(-2)
         if "gate" in kept:
             out = out * F.silu(kept["gate"])
         return self.o(out)
-
-
-def unit(x_BTHK: Tensor) -> Tensor:
-    """x / sqrt(sum x^2 + eps) over the last dimension, at least in float32: the rule needs keys of length 1."""
-    x = upcast(x_BTHK)
-    return x * (x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt()

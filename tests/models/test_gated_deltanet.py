@@ -9,8 +9,9 @@ from models.config import LayerConfig
 from models.context import LayerContext
 from models.conv import short_conv
 from models.ffn.swiglu import SwiGLUConfig
-from models.kernels.delta_rule.reference import recurrent
-from models.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig, unit
+from models.kernels.linear import recurrent
+from models.linear import unit
+from models.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from models.params import initialize, named_specs
 from models.slots import Cache
 from models.state import Views
@@ -53,7 +54,7 @@ def test_layer_is_its_published_equations(config: GatedDeltaNetConfig) -> None:
     strength = (2 if config.allow_neg_eigval else 1) * F.linear(x, weights["beta.weight"]).sigmoid()
     step = F.softplus(F.linear(x, weights["decay.weight"]) + weights["dt_bias"])
     q, k, v = unit(conv("q")), unit(conv("k")), conv("v")
-    out, _ = recurrent(q, k, v, strength, -weights["A_log"].exp() * step, scale=config.head_dim**-0.5)
+    out, _ = recurrent(q, k, v, -weights["A_log"].exp() * step, strength, scale=config.head_dim**-0.5)
     out = F.rms_norm(out, out.shape[-1:], weights["norm.weight"], 1e-6).flatten(-2)
     if config.output_gate:
         out = out * F.silu(F.linear(x, weights["gate.weight"]))

@@ -1,17 +1,31 @@
-"""The chunked delta rule against the recurrence, and the recurrence against its equation."""
+"""Linear recurrences: the chunked form against the recurrent one, and that against its equation."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.delta_rule.reference import chunked, recurrent, unit_inverse
+from models.kernels.linear import chunked, recurrent
+from models.kernels.linear.inverse import unit_inverse
 
-NAMES = ("q", "k", "v", "beta", "g", "state")
+NAMES = ("q", "k", "v", "g", "beta", "state")
+# Which of decay (per head, per channel, none) and write strengths a rule has.
+RULES = {
+    "linear attention": ("none", False),
+    "retention": ("head", False),
+    "gated linear attention": ("channel", False),
+    "delta rule": ("none", True),
+    "gated delta rule": ("head", True),
+    "kimi delta rule": ("channel", True),
+}
 
 
-def operands(length: int, strength: float = 0.3, batch: int = 2, heads: int = 2, groups: int = 2) -> dict[str, Tensor]:
+def operands(
+    length: int, strength: float = 0.3, batch: int = 2, groups: int = 2, kind: str = "gated delta rule"
+) -> dict[str, Tensor]:
     """Random operands in float64; log decays lie in [-strength, 0], write strengths in [0, 2]."""
+    decay, delta = RULES[kind]
+    heads = 2
     generator = torch.Generator().manual_seed(length)
 
     def normal(*shape: int) -> Tensor:
@@ -21,14 +35,16 @@ def operands(length: int, strength: float = 0.3, batch: int = 2, heads: int = 2,
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
     values, key, value = heads * groups, 5, 3
-    return {
+    x = {
         "q": normal(batch, length, heads, key),
         "k": F.normalize(normal(batch, length, heads, key), dim=-1),
         "v": normal(batch, length, values, value),
+        "g": -strength * uniform(batch, length, values, *[key] * (decay == "channel")),
         "beta": 2 * uniform(batch, length, values),
-        "g": -strength * uniform(batch, length, values),
         "state": normal(batch, values, key, value),
     }
+    there = {"g": decay != "none", "beta": delta}
+    return {name: value for name, value in x.items() if there.get(name, True)}
 
 
 def documents(length: int) -> Tensor:
@@ -40,7 +56,7 @@ def documents(length: int) -> Tensor:
 
 
 def apply(rule, x: dict[str, Tensor], documents_BT: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
-    five = [x[name] for name in NAMES[:5]]
+    five = [x.get(name) for name in NAMES[:5]]
     return rule(*five, scale=0.7, documents_BT=documents_BT, state_BJKV=x.get("state"), **options)
 
 
@@ -55,40 +71,48 @@ def results(rule, x: dict[str, Tensor], documents_BT: Tensor | None, **options) 
     return [out.detach(), state.detach(), *torch.autograd.grad(total, list(x.values()))]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("strength", [0.3, 50.0], ids=["weak", "strong"])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
-def test_chunked_equals_recurrent(length: int, packed: bool, strength: float) -> None:
-    x, ids = operands(length, strength), documents(length) if packed else None
+def test_chunked_equals_recurrent(length: int, packed: bool, strength: float, kind: str) -> None:
+    x, ids = operands(length, strength, kind=kind), documents(length) if packed else None
     for ours, reference in zip(results(chunked, x, ids), results(recurrent, x, ids), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.usefixtures("blocked")
+@pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("chunk", [1, 3, 16])
-def test_any_chunk_length_gives_the_same(chunk: int) -> None:
-    x, ids = operands(17), documents(17)
+def test_any_chunk_length_gives_the_same(chunk: int, kind: str) -> None:
+    x, ids = operands(17, kind=kind), documents(17)
     for ours, reference in zip(results(chunked, x, ids, chunk=chunk), results(recurrent, x, ids), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-11, atol=1e-11)
 
 
-def test_recurrent_is_the_equation() -> None:
-    x = operands(6)
+@pytest.mark.parametrize("kind", RULES)
+def test_recurrent_is_the_equation(kind: str) -> None:
+    x = operands(6, kind=kind)
     out, last = apply(recurrent, x)
     eye = torch.eye(5, dtype=torch.float64)
     for b in range(2):
         for j in range(4):
             state = x["state"][b, j]
             for t in range(6):
-                k, v, beta = x["k"][b, t, j // 2], x["v"][b, t, j], x["beta"][b, t, j]
-                kept = (eye - beta * torch.outer(k, k)) @ (x["g"][b, t, j].exp() * state)
-                state = kept + beta * torch.outer(k, v)
+                k, v = x["k"][b, t, j // 2], x["v"][b, t, j]
+                kept = torch.diag(x["g"][b, t, j].exp().expand(5)) @ state if "g" in x else state
+                if "beta" in x:
+                    beta = x["beta"][b, t, j]
+                    kept, v = (eye - beta * torch.outer(k, k)) @ kept, beta * v
+                state = kept + torch.outer(k, v)
                 torch.testing.assert_close(out[b, t, j], 0.7 * state.T @ x["q"][b, t, j // 2])
             torch.testing.assert_close(last[b, j], state)
 
 
+@pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("rule", [recurrent, chunked])
-def test_documents_are_as_if_alone_and_padding_leaves_the_state(rule) -> None:
-    x = operands(20, batch=1)
+def test_documents_are_as_if_alone_and_padding_leaves_the_state(rule, kind: str) -> None:
+    x = operands(20, batch=1, kind=kind)
     ids = torch.tensor([[4] * 7 + [2] * 1 + [4] * 9 + [-1] * 3])
     out, state = apply(rule, x, ids)
     start, alone = 0, None
@@ -102,9 +126,10 @@ def test_documents_are_as_if_alone_and_padding_leaves_the_state(rule) -> None:
     torch.testing.assert_close(state, alone, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["gated linear attention", "gated delta rule", "kimi delta rule"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_stays_finite_under_the_strongest_gates(dtype: torch.dtype) -> None:
-    x = {name: value.to(dtype) for name, value in operands(130, 50.0).items()}
+def test_low_precision_stays_finite_under_the_strongest_gates(dtype: torch.dtype, kind: str) -> None:
+    x = {name: value.to(dtype) for name, value in operands(130, 50.0, kind=kind).items()}
     x["g"][:, ::7] = 0
     x = {name: value.requires_grad_() for name, value in x.items()}
     out, state = apply(chunked, x, documents(130))
@@ -134,3 +159,13 @@ def test_unit_inverse_and_its_gradient(size: int) -> None:
     torch.testing.assert_close(ours, reference)
     gradients = [torch.autograd.grad((y * cotangent).sum(), strict)[0] for y in (ours, reference)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["retention", "gated linear attention", "kimi delta rule"])
+def test_long_sequences_in_single_precision(kind: str) -> None:
+    """Errors do not pile up over 8192 tokens, behind gates that are open, half open and shut."""
+    x = {name: value[:1] for name, value in operands(8192, 1.0, kind=kind).items()}
+    x["g"] = x["g"] ** 5 * 50
+    single = {name: value.float() for name, value in x.items()}
+    for ours, reference in zip(apply(chunked, single), apply(recurrent, x), strict=True):
+        torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-4)

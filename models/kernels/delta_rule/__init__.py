@@ -1,1 +1,0 @@
-"""The gated delta rule: a linear recurrence whose writes correct what the state already holds."""

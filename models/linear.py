@@ -1,0 +1,117 @@
+"""What mixers with a matrix per head as their state have in common: short convolutions, documents, decoding.
+
+Shape suffixes: B batch, T sequence, S = T and the tokens before it that the convolutions see, H heads, K and V widths.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.conv import FanInUniform, prepend, short_conv, tail
+from models.kernels.linear import chunk_length, chunked, recurrent
+from models.params import Axis, declare, upcast
+from models.slots import Cache, Mixer
+from models.state import KEY_GATE, Side
+
+L2_EPS = 1e-6
+
+Rule = Callable[..., tuple[Tensor, Tensor]]
+
+
+class LinearMixer(Mixer):
+    """A subclass defines `mix`, and calls `declare_convs` if it has convolutions.
+
+    conv_size: tokens that a convolution sees. states: entries of the cache that start anew with a document.
+    """
+
+    conv_size = 0
+    states: tuple[str, ...] = ("state",)
+
+    def declare_convs(self, widths: Mapping[str, tuple[Axis, int]], size: int, bias: bool = False) -> None:
+        """A convolution over each of these heads, by their axis and width."""
+        self.conv_size, self.convolved, self._weights = size, tuple(widths), []
+        for name, (axis, width) in widths.items():
+            self._weights.append(f"conv_{name}")
+            declare(self, f"conv_{name}", (axis.groups, width, size), FanInUniform(size), (axis, None, None))
+            if bias:
+                self._weights.append(f"conv_{name}_bias")
+                shape = (axis.groups, width)
+                declare(self, f"conv_{name}_bias", shape, FanInUniform(size), (axis, None), decay=False)
+
+    def core_weights(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self._weights} if self.conv_size else {}
+
+    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule) -> tuple[Tensor, Cache]:
+        """Heads after their convolutions, and the states before them, to ([B, T, H, V], the states after them)."""
+        raise NotImplementedError
+
+    def activate(self, x_BTHK: Tensor) -> Tensor:
+        """What follows a convolution."""
+        return F.silu(x_BTHK)
+
+    def core(
+        self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
+        documents_BT, past, x = side.documents_BT, cache or {}, dict(heads)
+        if documents_BT is None and cache is not None:
+            documents_BT = torch.zeros_like(side.positions_BT)
+        # The document of one token before is needed at least, to know whether the state goes on.
+        width = max(self.conv_size, 2)
+        documents_BS = real_B = None
+        if documents_BT is not None:
+            documents_BS = prepend(documents_BT, past.get("documents"), width, fill=-1)
+            real_B = (documents_BT >= 0).sum(1)
+        new: Cache = {}
+        for name in self.convolved if self.conv_size else ():
+            x_BSHK = prepend(heads[name], past.get(f"conv_{name}"), self.conv_size)
+            bias = weights.get(f"conv_{name}_bias")
+            x[name] = self.activate(short_conv(x_BSHK, weights[f"conv_{name}"], bias, documents_BS))
+            if cache is not None and real_B is not None:
+                new[f"conv_{name}"] = tail(x_BSHK, real_B, self.conv_size)
+        before = {name: past[name] for name in self.states if name in past}
+        if before and documents_BS is not None and documents_BT is not None:
+            goes_on_B = (documents_BT[:, 0] == documents_BS[:, width - 2]) | (documents_BT[:, 0] < 0)
+            before = {name: state * goes_on_B[:, None, None, None] for name, state in before.items()}
+        rule = recurrent if side.positions_BT.shape[1] == 1 else chunked
+        out_BTHV, after = self.mix(x, before, functools.partial(rule, documents_BT=documents_BT))
+        if cache is None or documents_BS is None or real_B is None:
+            return out_BTHV, None
+        return out_BTHV, {**new, **after, "documents": tail(documents_BS, real_B, width)}
+
+
+def key_gated(x_BTH: Tensor, heads: dict[str, Tensor]) -> Tensor:
+    """Times the gate of each token's key, where there is one: a skipped token writes nothing."""
+    if KEY_GATE not in heads:
+        return x_BTH
+    gate_BT = heads[KEY_GATE].to(x_BTH.dtype)
+    return x_BTH * gate_BT.reshape(*gate_BT.shape, *(1,) * (x_BTH.dim() - 2))
+
+
+def unit(x_BTHK: Tensor) -> Tensor:
+    """x / sqrt(sum x^2 + eps) over the last dimension, at least in float32: the delta rule needs keys of length 1."""
+    x = upcast(x_BTHK)
+    return x * (x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt()
+
+
+def rule_flops(
+    key: int,
+    value: int,
+    key_heads: int,
+    value_heads: int,
+    sequence: int,
+    *,
+    delta: bool = False,
+    per_channel: bool = False,
+) -> float:
+    """Of the chunk form, per token, forward. Per value head: what is written into the outputs of its chunk, the state's
+    update and read, and for the delta rule the solution. Products of keys with queries, and for the delta rule with
+    keys, per key head; with a decay per channel they are products of three, per value head."""
+    chunk = chunk_length(per_channel, sequence)
+    pairs = 3 * chunk * key * value_heads if per_channel else 2 * chunk * key * key_heads
+    written = (2 * chunk * value + 4 * key * value) * value_heads
+    if not delta:
+        return pairs + written
+    return 2 * pairs + written + (2 * chunk * (key + value) + 2 * key * value) * value_heads
