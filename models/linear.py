@@ -3,7 +3,9 @@
 Shape suffixes: B batch, T sequence, S = T and the tokens before it that the convolutions see, H heads, K and V widths.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -19,6 +21,28 @@ from models.state import KEY_GATE, Side
 L2_EPS = 1e-6
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LogUniform:
+    """log A with A uniform in (low, high]."""
+
+    low: float
+    high: float
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        share = 1 - torch.rand(shape, generator=generator)
+        return (self.low + (self.high - self.low) * share).log()
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeStepBias:
+    """The b for which softplus(b) is log-uniform in [0.001, 0.1] (Mamba, arXiv 2312.00752)."""
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        low, high = math.log(1e-3), math.log(1e-1)
+        step = (low + (high - low) * torch.rand(shape, generator=generator)).exp()
+        return step + (-torch.expm1(-step)).log()
 
 
 class LinearMixer(Mixer):
@@ -44,7 +68,7 @@ class LinearMixer(Mixer):
     def core_weights(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self._weights} if self.conv_size else {}
 
-    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule) -> tuple[Tensor, Cache]:
+    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule, side: Side) -> tuple[Tensor, Cache]:
         """Heads after their convolutions, and the states before them, to ([B, T, H, V], the states after them)."""
         raise NotImplementedError
 
@@ -76,10 +100,17 @@ class LinearMixer(Mixer):
             goes_on_B = (documents_BT[:, 0] == documents_BS[:, width - 2]) | (documents_BT[:, 0] < 0)
             before = {name: state * goes_on_B[:, None, None, None] for name, state in before.items()}
         rule = recurrent if side.positions_BT.shape[1] == 1 else chunked
-        out_BTHV, after = self.mix(x, before, functools.partial(rule, documents_BT=documents_BT))
+        out_BTHV, after = self.mix(x, before, functools.partial(rule, documents_BT=documents_BT), side)
         if cache is None or documents_BS is None or real_B is None:
             return out_BTHV, None
         return out_BTHV, {**new, **after, "documents": tail(documents_BS, real_B, width)}
+
+
+def whole(name: str, width: float, hint: str) -> int:
+    """A width that a config gives as a factor. Raises ValueError unless it is whole and positive."""
+    if width != int(width) or width < 1:
+        raise ValueError(f"{name} would be {width:g} wide; it must be whole and at least 1, so change {hint}")
+    return int(width)
 
 
 def key_gated(x_BTH: Tensor, heads: dict[str, Tensor]) -> Tensor:
@@ -94,6 +125,19 @@ def unit(x_BTHK: Tensor) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last dimension, at least in float32: the delta rule needs keys of length 1."""
     x = upcast(x_BTHK)
     return x * (x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt()
+
+
+def normalized(
+    rule: Rule, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, x: dict[str, Tensor], past: Cache, eps: float
+) -> tuple[Tensor, Cache]:
+    """Plain writes; the output is divided by eps plus the sum of its weights, which one more column of values adds up.
+
+    Weights must not be negative. x: the heads, which may hold the gates of keys.
+    """
+    v = upcast(v_BTHV)
+    v = key_gated(torch.cat([v, torch.ones_like(v[..., :1])], -1), x)
+    out, state = rule(q_BTHK, k_BTHK, v, scale=1.0, state_BJKV=past.get("state"))
+    return (out[..., :-1] / (out[..., -1:] + eps)).to(v_BTHV.dtype), {"state": state}
 
 
 def rule_flops(

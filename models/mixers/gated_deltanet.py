@@ -4,17 +4,15 @@ Shape suffixes: B batch, T sequence, D model width, H key heads, J value heads, 
 """
 
 import dataclasses
-import math
 from types import MappingProxyType
 from typing import Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import at_least
-from models.linear import LinearMixer, Rule, key_gated, rule_flops, unit
+from models.linear import LinearMixer, LogUniform, Rule, TimeStepBias, key_gated, rule_flops, unit
 from models.params import Axis, Linear, RMSNorm, declare, upcast
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
@@ -74,24 +72,6 @@ class GatedDeltaNetConfig(MixerConfig, kind="gated_deltanet"):
         return conv + rule_flops(key, value, self.num_heads, value_heads, sequence, delta=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class LogDecayRate:
-    """log A with A uniform in (0, 16], as in the authors' code."""
-
-    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return (16 * (1 - torch.rand(shape, generator=generator))).log()
-
-
-@dataclasses.dataclass(frozen=True)
-class TimeStepBias:
-    """The b for which softplus(b) is log-uniform in [0.001, 0.1] (Mamba, arXiv 2312.00752)."""
-
-    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        low, high = math.log(1e-3), math.log(1e-1)
-        step = (low + (high - low) * torch.rand(shape, generator=generator)).exp()
-        return step + (-torch.expm1(-step)).log()
-
-
 class GatedDeltaNet(LinearMixer):
     """Value-sized projections split over "heads", key-sized ones over "kv_heads": key heads may be fewer than ranks."""
 
@@ -111,7 +91,7 @@ class GatedDeltaNet(LinearMixer):
         self.norm = RMSNorm(value, ctx.norm_eps)
         self.A_log: nn.Parameter
         self.dt_bias: nn.Parameter
-        declare(self, "A_log", (value_heads,), LogDecayRate(), (axis,), decay=False)
+        declare(self, "A_log", (value_heads,), LogUniform(0.0, 16.0), (axis,), decay=False)
         declare(self, "dt_bias", (value_heads,), TimeStepBias(), (axis,), decay=False)
         convs = {"q": (key_axis, key), "k": (key_axis, key), "v": (axis, value)}
         self.declare_convs(convs, config.conv_size, config.conv_bias)
@@ -129,7 +109,7 @@ class GatedDeltaNet(LinearMixer):
         }
         return Projected(heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)})
 
-    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule) -> tuple[Tensor, Cache]:
+    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule, side: Side) -> tuple[Tensor, Cache]:
         q, k, beta_BTJ = unit(x["q"]), unit(x["k"]), key_gated(x["beta"], x)
         scale = q.shape[-1] ** -0.5
         out_BTJV, state_BJKV = rule(q, k, x["v"], x["g"], beta_BTJ, scale=scale, state_BJKV=past.get("state"))
