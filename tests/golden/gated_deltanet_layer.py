@@ -1,14 +1,9 @@
 """The Gated DeltaNet layer, with fla's separate projections and with Qwen3-Next's fused ones."""
 
-import torch
 from torch import Tensor
 
-from models.config import LayerConfig
-from models.context import LayerContext
-from models.ffn.swiglu import SwiGLUConfig
 from models.mixers.gated_deltanet import GatedDeltaNetConfig
-from models.slots import Mixer
-from models.state import Side, Views
+from tests.golden.layers import convs, run_mixer, weights
 
 FLA = {
     "q": "q_proj",
@@ -18,30 +13,13 @@ FLA = {
     "decay": "a_proj",
     "gate": "g_proj",
     "o": "o_proj",
+    "norm": "o_norm",
 }
 
 
 def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     ours, mapped = qwen3next(params, config) if config["variant"] == "qwen3next" else fla(params, config)
-    layers = (LayerConfig(ours, SwiGLUConfig(1)),)
-    with torch.device("meta"):
-        mixer = ours.build(LayerContext(config["hidden_size"], 0, layers, config["norm_eps"]))
-    assert {name: x.shape for name, x in mixer.named_parameters()} == {name: x.shape for name, x in mapped.items()}
-    return {
-        "y": torch.func.functional_call(Layer(mixer), {f"mixer.{name}": x for name, x in mapped.items()}, inputs["x"])
-    }
-
-
-class Layer(torch.nn.Module):
-    def __init__(self, mixer: Mixer) -> None:
-        super().__init__()
-        self.mixer: Mixer = mixer
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        ids = torch.zeros(x_BTD.shape[:2], dtype=torch.int64)
-        side = Side(ids, torch.arange(ids.shape[1]).expand_as(ids))
-        heads, kept, _ = self.mixer.project(Views.same(x_BTD), {}, side)
-        return self.mixer.merge(self.mixer.core(heads, self.mixer.core_weights(), side, None)[0], kept)
+    return {"y": run_mixer(ours, mapped, inputs["x"], config["norm_eps"])}
 
 
 def fla(params: dict[str, Tensor], config: dict) -> tuple[GatedDeltaNetConfig, dict[str, Tensor]]:
@@ -55,16 +33,9 @@ def fla(params: dict[str, Tensor], config: dict) -> tuple[GatedDeltaNetConfig, d
         output_gate=config.get("use_gate", True),
         allow_neg_eigval=config.get("allow_neg_eigval", False),
     )
-    mapped = {
-        f"{name}.weight": params[f"{theirs}.weight"] for name, theirs in FLA.items() if f"{theirs}.weight" in params
-    }
-    mapped |= {"A_log": params["A_log"], "dt_bias": params["dt_bias"], "norm.weight": params["o_norm.weight"]}
     value_heads = ours.num_value_heads or ours.num_heads
-    for name, heads in (("q", ours.num_heads), ("k", ours.num_heads), ("v", value_heads)):
-        mapped[f"conv_{name}"] = params[f"{name}_conv1d.weight"].squeeze(1).unflatten(0, (heads, -1))
-        if ours.conv_bias:
-            mapped[f"conv_{name}_bias"] = params[f"{name}_conv1d.bias"].unflatten(0, (heads, -1))
-    return ours, mapped
+    mapped = weights(params, FLA) | convs(params, {"q": ours.num_heads, "k": ours.num_heads, "v": value_heads})
+    return ours, mapped | {"A_log": params["A_log"], "dt_bias": params["dt_bias"]}
 
 
 def qwen3next(params: dict[str, Tensor], config: dict) -> tuple[GatedDeltaNetConfig, dict[str, Tensor]]:

@@ -1,0 +1,11 @@
+"""Linear attention with one decay per head: the operator, in its chunked form."""
+
+from torch import Tensor
+
+from models.kernels.linear import chunked
+
+
+def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    operands = [inputs[name] for name in ("q", "k", "v", "g")]
+    o, final_state = chunked(*operands, scale=config["scale"], state_BJKV=inputs.get("initial_state"))
+    return {"o": o, "final_state": final_state}
