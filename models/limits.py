@@ -28,3 +28,10 @@ def check_size(what: str, *sizes: int) -> None:
         # Python writes no decimals of a whole number that is too long.
         shape = " x ".join(str(size) if size < 2**64 else f"2**{size.bit_length() - 1}" for size in sizes)
         raise ValueError(f"{what} {shape} is too large, a tensor holds fewer than 2**60 elements; use smaller sizes")
+
+
+def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
+    """head_dim where given, and otherwise d_model / num_heads. Raises ValueError where that is no whole number."""
+    if head_dim is None and d_model % num_heads:
+        raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}; give head_dim, or change one")
+    return head_dim or d_model // num_heads

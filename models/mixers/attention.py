@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.context import LayerContext
 from models.kernels.attention import as_bias, attend, attend_causal, visibility
-from models.limits import at_least
+from models.limits import at_least, head_width
 from models.params import Axis, Linear, RMSNorm
 from models.rope import angles, rotate_half, rotate_interleaved
 from models.slots import Cache, Mixer, MixerConfig
@@ -63,11 +63,7 @@ class AttentionConfig(MixerConfig, kind="attention"):
         return dataclasses.replace(same, rope_theta=AttentionConfig.rope_theta, rope_fraction=1.0)
 
     def build(self, ctx: LayerContext) -> Mixer:
-        head_dim = self.head_dim or ctx.d_model // self.num_heads
-        if self.head_dim is None and ctx.d_model % self.num_heads:
-            raise ValueError(
-                f"d_model {ctx.d_model} is not a multiple of num_heads {self.num_heads}; give head_dim, or change one"
-            )
+        head_dim = head_width(ctx.d_model, self.num_heads, self.head_dim)
         rotated = int(head_dim * self.rope_fraction)
         if self.rope != "none" and (rotated % 2 or not rotated):
             raise ValueError(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
-from models.limits import at_least
+from models.limits import at_least, head_width
 from models.linear import LinearMixer, Rule, key_gated, rule_flops, unit
 from models.params import Axis, Linear, RMSNorm, upcast
 from models.slots import Cache, Mixer, MixerConfig
@@ -45,14 +45,10 @@ class DeltaNetConfig(MixerConfig, kind="delta_net"):
         return dataclasses.replace(self, head_dim=self.value_shape(d_model)[1])
 
     def build(self, ctx: LayerContext) -> Mixer:
-        if self.head_dim is None and ctx.d_model % self.num_heads:
-            raise ValueError(
-                f"d_model {ctx.d_model} is not a multiple of num_heads {self.num_heads}; give head_dim, or change one"
-            )
         return DeltaNet(self, ctx)
 
     def value_shape(self, d_model: int) -> tuple[int, int]:
-        return self.num_heads, self.head_dim or d_model // self.num_heads
+        return self.num_heads, head_width(d_model, self.num_heads, self.head_dim)
 
     def flops_per_token(self, d_model: int, sequence: int) -> float:
         heads, width = self.value_shape(d_model)

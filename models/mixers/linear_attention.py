@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
-from models.limits import at_least
+from models.limits import above_zero, at_least, head_width
 from models.linear import LinearMixer, Rule, key_gated, normalized, rule_flops
 from models.params import Axis, Linear
 from models.slots import Cache, Mixer, MixerConfig
@@ -40,21 +40,16 @@ class LinearAttentionConfig(MixerConfig, kind="linear_attention"):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "head_dim")
-        if self.eps <= 0:
-            raise ValueError(f"eps is {self.eps}; it must be positive, since weights may all be 0")
+        above_zero(self, "eps", hint=", since weights may all be 0")
 
     def canonical(self, d_model: int) -> Self:
         return dataclasses.replace(self, head_dim=self.value_shape(d_model)[1])
 
     def build(self, ctx: LayerContext) -> Mixer:
-        if self.head_dim is None and ctx.d_model % self.num_heads:
-            raise ValueError(
-                f"d_model {ctx.d_model} is not a multiple of num_heads {self.num_heads}; give head_dim, or change one"
-            )
         return LinearAttention(self, ctx)
 
     def value_shape(self, d_model: int) -> tuple[int, int]:
-        return self.num_heads, self.head_dim or d_model // self.num_heads
+        return self.num_heads, head_width(d_model, self.num_heads, self.head_dim)
 
     def flops_per_token(self, d_model: int, sequence: int) -> float:
         heads, width = self.value_shape(d_model)

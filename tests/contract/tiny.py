@@ -46,6 +46,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"num_heads": 1, "num_value_heads": 4, "conv_bias": True},
         {"expand_v": 2.0},
     ),
+    "delta_net": ({"output_gate": True, "allow_neg_eigval": True}, {"num_heads": 2, "conv_size": 2}),
+    "gla": (
+        {"conv_size": 3, "gate_floor": -0.1},
+        {"num_kv_heads": 1, "output_gate": False, "gate_normalizer": 1.0},
+        {"num_heads": 2, "num_kv_heads": None, "expand_k": 0.5},
+    ),
+    "kda": (
+        {"decay_floor": -5.0, "allow_neg_eigval": True},
+        {"num_value_heads": None, "expand_v": 2.0, "gate_rank": 3},
+    ),
+    "retention": ({"output_gate": False, "expand_v": 1.0}, {"num_heads": 8}),
+    "linear_attention": ({"feature_map": "relu"}, {"normalize": False, "num_heads": 2}),
+    "based": ({"num_heads": 2, "feature_dim": 3},),
     "swiglu": ({"hidden": 8},),
     "moe": (
         {"score": "sigmoid", "scale": 2.5, "stats_group": "microbatch", "shared_gate": True},

@@ -7,21 +7,16 @@ from models.config import LayerConfig
 from models.context import LayerContext
 from models.ffn.swiglu import SwiGLUConfig
 from models.slots import Mixer, MixerConfig
-from models.state import Side, Views
+from tests.models.mixers import run, side_of
 
 
 class Layer(torch.nn.Module):
     def __init__(self, mixer: Mixer) -> None:
         super().__init__()
-        self.mixer: Mixer = mixer
+        self.mixer = mixer
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        ids = torch.zeros(x_BTD.shape[:2], dtype=torch.int64)
-        side = Side(ids, torch.arange(ids.shape[1]).expand_as(ids))
-        views = Views.same(x_BTD)
-        own = self.mixer.own_tokens(views, {}, side)
-        heads, kept, _ = self.mixer.project(views, {**own.made, **own.made_by_head}, side)
-        return self.mixer.merge(self.mixer.core(heads, self.mixer.core_weights(), side, None)[0], kept)
+        return run(self.mixer, x_BTD, side_of(x_BTD.shape[0], x_BTD.shape[1]))[0]
 
 
 def run_mixer(ours: MixerConfig, params: dict[str, Tensor], x_BTD: Tensor, norm_eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""A mixer alone: its inputs, and a call of its three parts as the layer makes them.
+"""A mixer alone: its inputs, and a call of its parts as the layer makes them.
 
 Shape suffixes: B batch, T sequence, D model width, H heads, V value width of a head.
 """
@@ -24,7 +24,9 @@ def side_of(batch: int, length: int, start: int = 0, documents_BT: Tensor | None
 def run(
     mixer: Mixer, x_BTD: Tensor, side: Side, cache: Cache | None = None, gate_BT: Tensor | None = None
 ) -> tuple[Tensor, Cache | None]:
-    heads, kept, _ = mixer.project(Views.same(x_BTD), {}, side)
+    views = Views.same(x_BTD)
+    own = mixer.own_tokens(views, {}, side)
+    heads, kept, _ = mixer.project(views, {**own.made, **own.made_by_head}, side)
     if gate_BT is not None:
         heads[KEY_GATE] = gate_BT
     out_BTHV, cache = mixer.core(heads, mixer.core_weights(), side, cache)
