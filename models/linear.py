@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.conv import FanInUniform, prepend, short_conv, tail
-from models.kernels.linear import chunk_length, chunked, recurrent
+from models.kernels.linear.chunked import chunk_length, chunked
+from models.kernels.linear.recurrent import recurrent
 from models.params import Axis, declare, upcast
 from models.slots import Cache, Mixer
 from models.state import KEY_GATE, Side

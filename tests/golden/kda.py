@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from models.kernels.linear import chunked
+from models.kernels.linear.chunked import chunked
 
 
 def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> dict[str, Tensor]:

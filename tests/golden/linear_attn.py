@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from models.kernels.linear import chunked
+from models.kernels.linear.chunked import chunked
 from models.linear import normalized
 
 

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.linear import chunked, recurrent
+from models.kernels.linear.chunked import chunked
 from models.kernels.linear.inverse import unit_inverse
+from models.kernels.linear.recurrent import recurrent
 
 NAMES = ("q", "k", "v", "g", "beta", "state")
 # Which of decay (per head, per channel, none) and write strengths a rule has.

@@ -9,7 +9,7 @@ from models.config import LayerConfig
 from models.context import LayerContext
 from models.conv import short_conv
 from models.ffn.swiglu import SwiGLUConfig
-from models.kernels.linear import recurrent
+from models.kernels.linear.recurrent import recurrent
 from models.linear import unit
 from models.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from models.params import initialize, named_specs

@@ -5,8 +5,3 @@
 A_t decays the state, per head or per key channel. Plain rules write u_t = v_t. The delta rule has strengths beta_t, and
 corrects what the state already holds: u_t = beta_t (v_t - (A_t S_{t-1})^T k_t).
 """
-
-from models.kernels.linear.chunked import chunk_length, chunked
-from models.kernels.linear.recurrent import recurrent
-
-__all__ = ["chunk_length", "chunked", "recurrent"]
