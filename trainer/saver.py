@@ -37,7 +37,7 @@ class Saver:
         newest: int | None,
         say: Callable[[str], object],
     ) -> None:
-        self._newest, self._say, self._failure = newest, say, ""
+        self._newest, self._say, self._failure, self._failed = newest, say, "", -1
         self._config, self._engine, self._optimizer = config, engine, optimizer
         self._folder = Path(config.run.dir) / FOLDER
         self._keep = Keep(config.train.keep_checkpoints, config.train.keep_every)
@@ -68,22 +68,31 @@ class Saver:
 
     def wait(self) -> None:
         """Wait for the save in flight, if any, and tell what came of it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         said, self._said = self._said, []
         for text in said:
             self._say(text)
 
     def finish(self, state: RunState) -> None:
         """Have the last state on the disk. Raises OSError on all ranks if it cannot be saved (a collective)."""
+        self._join()
+        if self._failed == state.step:
+            # It is tried once more, and the error says what this warning would.
+            self._said.clear()
         self.wait()
         if self._newest != state.step:
             self.save(state)
+            self._join()
+            if self._newest != state.step:
+                self._said.clear()
+                older = "" if self._newest is None else f"; the run can be resumed from step {self._newest}"
+                raise OSError(f"step {state.step}, the last, could not be saved ({self._failure}){older}")
             self.wait()
-        if self._newest != state.step:
-            older = "" if self._newest is None else f"; the run can be resumed from step {self._newest}"
-            raise OSError(f"step {state.step}, the last, could not be saved ({self._failure}){older}")
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _write(self, state: RunState, pieces: dict[str, Piece]) -> None:
         about = Checkpoint(state, to_plain(self._config), {}, {}, str(self._engine.mesh.config))
@@ -91,13 +100,13 @@ class Saver:
         try:
             checkpoint.save(self._folder, about, pieces, self._group)
         except Exception as error:
-            self._failure = sentence(error)
+            self._failure, self._failed = sentence(error), state.step
             older = (
                 "there is no older one" if self._newest is None else f"the newest is still that of step {self._newest}"
             )
             self._said.append(f"warning: the checkpoint of step {state.step} was not saved ({self._failure}); {older}")
             return
-        self._newest, self._failure = state.step, ""
+        self._newest = state.step
         self._damaged.discard(state.step)
         self._said.append(f"saved {path}")
         if self._engine.mesh.is_main:

@@ -107,6 +107,34 @@ def test_a_last_save_that_fails_is_an_error_on_every_rank(data: Path, tmp_path: 
     assert list(checkpoint.steps(tmp_path / "checkpoints")) == [2, 4]
 
 
+@pytest.mark.parametrize("due", [True, False])
+def test_a_last_save_that_fails_is_told_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, due: bool
+) -> None:
+    """By the error alone, whether or not it was begun by the step; a failure before it keeps its warning."""
+    save_file = shardfiles.save_file
+
+    def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        if "step-00000001" not in str(file):
+            raise OSError("no space left")
+        save_file(tensors, file)
+
+    monkeypatch.setattr(shardfiles, "save_file", save)
+    said: list[str] = []
+    _, saver = saver_of(runs.run_config(data, tmp_path), said)
+    with (
+        pytest.raises(OSError, match=r"^step 3, the last, could not be saved \(no space left\); .* from step 1$"),
+        saver,
+    ):
+        for step in (1, 2, *([3] if due else [])):
+            saver.save(RunState(step))
+        saver.finish(RunState(3))
+    assert said == [
+        f"saved {tmp_path}/checkpoints/step-00000001",
+        "warning: the checkpoint of step 2 was not saved (no space left); the newest is still that of step 1",
+    ]
+
+
 def run_with_failures(config: runs.RunConfig, failing: tuple[int, ...]) -> str:
     """What the run printed, or its error. failing: the steps that the last rank cannot save."""
     save_file = shardfiles.save_file
