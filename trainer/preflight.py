@@ -23,6 +23,7 @@ from trainer.config import RunConfig
 from trainer.data.check import open_data
 from trainer.data.fitting import fitting_tokenizer, refuse_other
 from trainer.data.format import suffixes
+from trainer.data.indexed import how_to_make
 from trainer.data.sources import find_files
 from trainer.data.vocabulary import refuse_vocabulary
 from trainer.evaluation import Request, refuse_mesh
@@ -125,7 +126,7 @@ def refuse_missing(key: str, name: str, prefix: str) -> None:
         inside = Path(prefix) / name
         if inside.with_name(f"{name}.idx").is_file():
             raise at(key, f"{prefix} is a folder; give the dataset in it, {inside}")
-        raise at(key, f"{prefix}{suffix} does not exist; make it with weft prepare {Path(prefix).parent} SOURCE ...")
+        raise at(key, f"{prefix}{suffix} does not exist; {how_to_make(prefix)}")
 
 
 def refuse_evaluation(request: Request, mesh: MeshConfig) -> None:

@@ -101,6 +101,10 @@ def test_train_refuses_before_any_process_starts(
     for name in ("train", "valid"):
         sentence = f"data.{name}: {gone}/x.bin does not exist; make it with weft prepare {gone} SOURCE ..."
         assert said(f"data.{name}={gone}/x") == sentence
+        # The folder to prepare is never one that is there before.
+        for place in ("/", ""):
+            sentence = f"data.{name}: {place}nope.bin does not exist; make data with weft prepare data/nope SOURCE ... "
+            assert said(f"data.{name}={place}nope") == sentence + "and give data/nope/train"
         sentence = f"data.{name}: {folder} is a folder; give the dataset in it, {folder}/{name}"
         assert said(f"data.{name}={folder}") == sentence
     assert said(f"data.tokenizer={gone}").startswith(f"data.tokenizer: {gone} does not exist; ")

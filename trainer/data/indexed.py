@@ -48,9 +48,7 @@ def read_index(prefix: str) -> Index:
     """Read PREFIX.idx and compare it with the size of PREFIX.bin. Raises ValueError for what is missing or damaged."""
     for suffix in (".bin", ".idx"):
         if not Path(prefix + suffix).is_file():
-            raise ValueError(
-                f"the data {prefix}{suffix} does not exist; make it with weft prepare {Path(prefix).parent} SOURCE ..."
-            )
+            raise ValueError(f"the data {prefix}{suffix} does not exist; {how_to_make(prefix)}")
     size = Path(prefix + ".idx").stat().st_size
     with open(prefix + ".idx", "rb") as stream:
         head = stream.read(HEADER.size)
@@ -74,6 +72,15 @@ def read_index(prefix: str) -> Index:
     if (found := Path(prefix + ".bin").stat().st_size) != index.bytes:
         raise damaged(f"{prefix}.bin", f"has {found} bytes, and {index.bytes} by its index")
     return index
+
+
+def how_to_make(prefix: str) -> str:
+    """The way out where a dataset is missing: weft prepare makes folders, in which it names the files."""
+    folder = Path(prefix).parent
+    if folder.name:
+        return f"make it with weft prepare {folder} SOURCE ..."
+    own = f"data/{Path(prefix).name}"
+    return f"make data with weft prepare {own} SOURCE ... and give {own}/train"
 
 
 def array(prefix: str, dtype: str, offset: int, count: int) -> NDArray[Any]:
