@@ -26,6 +26,9 @@ from trainer.signals import Stop
 from trainer.state import RunState
 from trainer.step import Stepper
 
+# Said at once, because a step may take minutes.
+ANSWER = b"asked to stop: the run saves and ends after the step that it is in\n"
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
@@ -95,6 +98,9 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
         log.say(opening(config, mesh, state, last, origin) if state.step < last else nothing_to_do(config, state, last))
         for line in data.plan(config.train.steps * size) if state.step < last else ():
             log.say(line)
+        if mesh.is_main:
+            # A terminal's progress line stands where it would begin.
+            stop.answer = b"\n" * console.is_terminal + ANSWER
         stepper = Stepper(config, engine, optimizer, data, log.say)
         stopping = any(everyone(lambda: stop.requested))
         while state.step < last and not stopping:
@@ -112,6 +118,7 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
             if due(state.step, config.train.save_every):
                 saver.save(state)
             profile_step()
+        stop.answer = b""
         saver.finish(state)
         if stopping:
             log.say(f"asked to stop: ended after step {state.step}; the same command again resumes")

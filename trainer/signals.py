@@ -1,5 +1,7 @@
-"""SIGTERM and SIGUSR1: ask a run to save and end. A signal only sets a flag; ranks decide together, once per step."""
+"""SIGTERM and SIGUSR1: ask a run to save and end. A signal sets a flag, and ranks decide together, once per step."""
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType
@@ -13,10 +15,13 @@ class Stop:
 
     Enter it before anything slow (torch's import takes seconds). Outside the main thread, where Python handles no
     signals, and where it is not entered, it is a flag that others may set.
+
+    answer: a line that the first signal is answered with at once, on standard error; none unless it is set.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.answer = b""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -31,4 +36,8 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        first, self.requested = not self.requested, True
+        if first and self.answer:
+            # One system call: print may be what was interrupted, and must not be entered twice.
+            with contextlib.suppress(OSError):
+                os.write(2, self.answer)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -95,6 +96,25 @@ def test_handlers_are_given_back() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.requested
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_is_answered_at_once(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the step that it comes in, once, and not before there is a step to wait for."""
+    said: list[str] = []
+    step_gradients = Engine.step_gradients
+
+    def slow(*args: Any) -> object:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        said.append(capfd.readouterr().err)
+        return step_gradients(*args)
+
+    with pytest.MonkeyPatch.context() as patch, Stop() as stop:
+        patch.setattr(Engine, "step_gradients", slow)
+        assert train(runs.run_config(data, tmp_path / "run"), Mesh.single(), stop=stop).step == 1
+    assert said == ["asked to stop: the run saves and ends after the step that it is in\n"]
+    assert run_interrupted(runs.run_config(data, tmp_path / "other"), "start-up", signal.SIGTERM) == 0
+    assert "asked to stop" not in capfd.readouterr().err
 
 
 def handles_signals(pid: int) -> bool:
