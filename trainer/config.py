@@ -10,6 +10,7 @@ from models.limits import above_zero, at_least, check_size
 from models.rules import reasons
 from parallel.mesh import MeshConfig
 from trainer.data.blend import shares
+from trainer.data.packing.base import PackingConfig
 from trainer.faults import FaultsConfig
 from trainer.optim.base import OptimConfig
 from trainer.profiling import ProfileConfig
@@ -58,13 +59,14 @@ class DataConfig:
 
     train: an indexed dataset as the path that its .bin and .idx share, or a blend: a list of datasets, each with path
     and weight. valid: an indexed dataset. tokenizer: the folder or SentencePiece model that made them.
-    sequence_length: tokens of a sequence.
+    sequence_length: tokens of a sequence. packing: how documents become sequences, of train and valid.
     """
 
     train: str | tuple[Source, ...]
     sequence_length: int
     valid: str | None = None
     tokenizer: str | None = None
+    packing: PackingConfig = default(PackingConfig, "concatenate")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "sequence_length")

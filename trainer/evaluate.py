@@ -7,8 +7,7 @@ from typing import Protocol
 
 from parallel.engine import Batch
 from parallel.mesh import Mesh
-from trainer.data.sequences import Sequences, on_device
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.rows import Rows, on_device
 
 
 class Evaluates(Protocol):
@@ -56,16 +55,14 @@ class Evaluation:
 
 def evaluate(
     model: Evaluates,
-    sequences: Sequences,
+    sequences: Rows,
     micro_batch: int,
     limit: int | None = None,
-    *,
-    tokenizer: Tokenizer | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Evaluation:
     """Evaluate all sequences, or the first `limit` (a collective). micro_batch: sequences per data rank at once.
 
-    tokenizer: tells how much text it is where no manifest does. advance: called with the sequences that are done.
+    advance: called with the sequences that are done.
     """
     mesh = model.mesh
     count = len(sequences) if limit is None else min(limit, len(sequences))
@@ -78,4 +75,4 @@ def evaluate(
         more_loss, more_tokens = model.evaluate(on_device(sequences.rows(rows), mesh.device))
         loss_sum, tokens = loss_sum + more_loss, tokens + more_tokens
         advance(min(across, count - start))
-    return Evaluation(loss_sum, tokens, sequences.stream.text_bytes(sequences.predicted(count), tokenizer))
+    return Evaluation(loss_sum, tokens)

@@ -164,10 +164,11 @@ def score(
     tokenizer: Tokenizer | None,
     console: Console,
 ) -> Evaluation:
-    """`evaluate` with progress."""
+    """`evaluate` with progress, and how much text it was. tokenizer: tells that where no manifest does."""
     total = min(len(sequences), limit or len(sequences))
     with counting(console, "evaluating sequences", total) as advance:
-        return evaluate(model, sequences, micro_batch, limit, tokenizer=tokenizer, advance=advance)
+        result = evaluate(model, sequences, micro_batch, limit, advance)
+    return dataclasses.replace(result, bytes=sequences.stream.text_bytes(sequences.predicted(total), tokenizer))
 
 
 def from_main(is_main: bool, make: Callable[[], Stream]) -> Stream:

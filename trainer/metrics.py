@@ -26,9 +26,10 @@ QUIET = 15.0
 class StepMetrics:
     """One optimiser step.
 
-    tokens: targets seen by the run so far. mfu: model FLOPs per second over what the machine's matrix products reach.
-    memory_gib: rank 0's peak, of its GPU or else of main memory. data_wait: share of the step's seconds until its batch
-    was there. losses: those beside the cross-entropy. experts: by layer, the largest expert's load over the mean.
+    tokens: targets seen by the run so far. padding: share of the step's places without a target. mfu: model FLOPs per
+    second over what the machine's matrix products reach. memory_gib: rank 0's peak, of its GPU or else of main memory.
+    data_wait: share of the step's seconds until its batch was there. losses: those beside the cross-entropy. experts:
+    by layer, the largest expert's load over the mean.
     """
 
     step: int
@@ -36,6 +37,7 @@ class StepMetrics:
     grad_norm: float
     lr: float
     tokens: int
+    padding: float
     tokens_per_second: float
     mfu: float
     memory_gib: float

@@ -1,5 +1,6 @@
 """Taking up a run on all ranks: they look for the newest whole checkpoint together, and each reads what it holds."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -7,17 +8,18 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from configs.structure import to_plain
+from configs.validate import default_of, required
 from parallel.engine import Engine
 from parallel.pieces import Piece, entire, piece, with_owners
 from trainer import checkpoint
 from trainer.checkpoint import FOLDER
-from trainer.config import RunConfig
+from trainer.config import DataConfig, RunConfig
 from trainer.shardfiles import ShardReader
 from trainer.state import OptimizerState, RunState
 
 T = TypeVar("T")
 # What decides which samples a run sees: a resumed run that changes one of these does not see each once.
-ORDER = ("data.train", "data.sequence_length", "run.seed")
+ORDER = ("data.train", "data.sequence_length", "data.packing", "run.seed")
 
 
 def everyone(action: Callable[[], T]) -> list[T]:
@@ -94,7 +96,7 @@ def resume(
     if path is None:
         return None
     content = checkpoint.read(path)
-    for key, old, new in differences(content.config, to_plain(config)):
+    for key, old, new in differences(with_defaults(content.config), to_plain(config)):
         if key.startswith("model."):
             raise ValueError(f"{key} is {new!r}, and {old!r} in {path}; use another run.dir, or the old value")
         if key.startswith(ORDER) and mesh.is_main:
@@ -103,6 +105,13 @@ def resume(
             )
     load(path, engine, optimizer)
     return content.state
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config; what decides on its samples and is younger than it was at its default."""
+    defaults = {field.name: field for field in dataclasses.fields(DataConfig) if not required(field)}
+    younger = {name: to_plain(default_of(field)) for name, field in defaults.items()}
+    return {**config, "data": {**younger, **config["data"]}}
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -9,7 +9,7 @@ import torch
 from models.cost import cost
 from parallel.engine import Engine
 from trainer.config import RunConfig
-from trainer.data.sequences import on_device
+from trainer.data.rows import on_device
 from trainer.data.training import TrainingData
 from trainer.faults import Faults
 from trainer.metrics import StepMetrics, expert_loads
@@ -61,6 +61,7 @@ class Stepper:
             grad_norm=norm,
             lr=lr,
             tokens=state.tokens,
+            padding=1 - out.tokens / (size * config.data.sequence_length),
             tokens_per_second=speed,
             mfu=speed * self._flops / self._peak,
             memory_gib=peak_memory(mesh.device) / 2**30,

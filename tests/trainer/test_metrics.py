@@ -29,8 +29,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_step_reports_all_that_users_look_for(data: Path, tmp_path: Path) -> None:
     runs.run(runs.run_config(data, tmp_path / "run"))
     records = metrics.read(tmp_path / "run")
-    names = {"loss", "perplexity", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "memory_gib", "data_wait"}
-    assert {f"train/{name}" for name in names} < records[0].keys()
+    names = "loss perplexity grad_norm lr tokens padding tokens_per_second mfu memory_gib data_wait"
+    assert {f"train/{name}" for name in names.split()} < records[0].keys()
+    assert all(record["train/padding"] == 0 for record in records)
     assert all(0 < record["train/mfu"] < 1 and 0 <= record["train/data_wait"] < 1 for record in records)
     torch.testing.assert_close(records[0]["train/perplexity"], 2.718281828459045 ** records[0]["train/loss"])
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from models.lm import LM
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool, RankError
 from tests.trainer import runs
-from trainer import checkpoint, evaluate, evaluation, train
+from trainer import checkpoint, evaluation, train
 from trainer.data.manifest import MANIFEST
 from trainer.data.sequences import Sequences
 from trainer.evaluate import Evaluation
@@ -234,7 +235,8 @@ def test_evaluation_predicts_every_token_once(data: Path, tmp_path: Path, pool: 
 def evaluate_initial(config: runs.RunConfig) -> Evaluation:
     engine = build_engine(config, Mesh(config.mesh))
     assert config.data.valid is not None
-    return evaluate.evaluate(engine, Sequences(config.data.valid, 24), config.train.micro_batch)
+    sequences = Sequences(config.data.valid, 24)
+    return evaluation.score(engine, sequences, config.train.micro_batch, None, None, Console(quiet=True))
 
 
 def test_evaluating_a_run(data: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Whether prepared data are what they were: cheap checks at the start of every run, all of it when asked."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def open_data(prefix: str) -> tuple[Index, NDArray[Any]]:
     vocab_size = vocabulary(prefix)
     if vocab_size is not None:
         for first in {0, max(0, index.tokens - GLANCE)}:
-            refuse_outside(prefix, stream[first : first + GLANCE], first, vocab_size)
+            refuse_outside(prefix, stream[first : first + GLANCE], range(first, index.tokens), vocab_size)
     return index, stream
 
 
@@ -46,14 +46,12 @@ def vocabulary(prefix: str) -> int | None:
     return None if manifest is None else manifest["tokenizer"].get("vocab_size")
 
 
-def refuse_outside(prefix: str, tokens: NDArray[Any], first: int, vocab_size: int) -> None:
-    """Raise ValueError for a token that the vocabulary does not have. first: the place of tokens[0]."""
+def refuse_outside(prefix: str, tokens: NDArray[Any], places: Sequence[int] | NDArray[Any], vocab_size: int) -> None:
+    """Raise ValueError for a token that the vocabulary does not have. places: of the tokens, in the data."""
     if tokens.size and (int(tokens.max()) >= vocab_size or int(tokens.min()) < 0):
-        place = int(((tokens >= vocab_size) | (tokens < 0)).argmax())
-        raise damaged(
-            f"{prefix}.bin",
-            f"has token {int(tokens[place])} at place {first + place}, and the vocabulary ends at {vocab_size - 1}",
-        )
+        wrong = int(((tokens >= vocab_size) | (tokens < 0)).argmax())
+        found = f"has token {int(tokens[wrong])} at place {int(places[wrong])}"
+        raise damaged(f"{prefix}.bin", f"{found}, and the vocabulary ends at {vocab_size - 1}")
 
 
 def pairs(path: str) -> list[str]:
@@ -79,7 +77,7 @@ def verify(path: str, advance: Callable[[int], None] = lambda _: None) -> Iterat
         if vocab_size is not None:
             for first in range(0, index.tokens, BLOCK):
                 block = stream[first : first + BLOCK]
-                refuse_outside(prefix, block, first, vocab_size)
+                refuse_outside(prefix, block, range(first, index.tokens), vocab_size)
                 advance(block.nbytes)
         documents = len(index.documents) - 1
         if described is not None and described["documents"] != documents:

@@ -5,29 +5,25 @@ targets and the token before each as input, so that a document's first token is 
 before it, which is why that end belongs to the document it opens. With a stride S of T, every token is a target once.
 With a smaller one the sequences overlap, and all but the first have their last S tokens as targets: every token is
 still predicted once, from at least T - S tokens before it, or from all of its document.
-Shape suffixes: N sequences, T tokens of a sequence.
 """
-
-from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.loss import IGNORE
-from parallel.engine import Batch
+from trainer.data.rows import Rows, padding
 from trainer.data.stream import Stream
 
 
-class Sequences:
+class Sequences(Rows):
     """The sequences of a stream, or of a .bin/.idx pair by its prefix, by index. stride: default length.
 
     Raises ValueError when the files are missing, damaged, or hold no token.
     """
 
     def __init__(self, data: Stream | str, length: int, stride: int | None = None) -> None:
-        self.stream = Stream.open(data) if isinstance(data, str) else data
-        self.length, self.stride, self.tokens = length, stride or length, len(self.stream)
+        super().__init__(Stream.open(data) if isinstance(data, str) else data, length)
+        self.stride = stride or length
 
     def __len__(self) -> int:
         """How many sequences there are; the last may be filled up with padding."""
@@ -42,16 +38,8 @@ class Sequences:
         """How many tokens the first `count` sequences predict; those are the stream's first."""
         return min(self.tokens, self.length + (count - 1) * self.stride) if count else 0
 
-    def rows(self, indices: Sequence[int]) -> Batch:
-        """Sequences by index, as a batch [N, T]; an index past the end gives a sequence of padding."""
-        return stacked(map(self.row, indices))
-
     def row(self, index: int) -> tuple[Tensor, ...]:
-        """Tokens, targets, document ids and positions, each [T]; both count from the row's beginning."""
-        tokens = np.zeros(self.length, dtype=np.int64)
-        targets = np.full(self.length, IGNORE, dtype=np.int64)
-        documents = np.full(self.length, -1, dtype=np.int64)
-        positions = np.zeros(self.length, dtype=np.int64)
+        tokens, targets, documents, positions = padding(self.length)
         start = index * self.stride
         stop = min(start + self.length, self.tokens)
         if index < len(self):
@@ -66,12 +54,3 @@ class Sequences:
             documents[:count] = document - document[0]
             positions[:count] = at - np.maximum(starts[document], start)
         return tuple(map(torch.from_numpy, (tokens, targets, documents, positions)))
-
-
-def stacked(rows: Iterable[tuple[Tensor, ...]]) -> Batch:
-    """Rows, each as `Sequences.row` gives it, as a batch [N, T]."""
-    return Batch(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
-
-
-def on_device(batch: Batch, device: str) -> Batch:
-    return Batch(**{name: x.to(device, non_blocking=True) for name, x in batch.side().items()})

@@ -77,7 +77,14 @@ class Stream:
         """Tokens start..stop-1. Raises ValueError for one that is outside the vocabulary."""
         tokens = self.tokens[start:stop].astype(np.int64)
         if self.vocab_size is not None:
-            refuse_outside(self.name, tokens, start, self.vocab_size)
+            refuse_outside(self.name, tokens, range(start, stop), self.vocab_size)
+        return tokens
+
+    def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The tokens at places anywhere. Raises ValueError for one that is outside the vocabulary."""
+        tokens = self.tokens[places].astype(np.int64)
+        if self.vocab_size is not None:
+            refuse_outside(self.name, tokens, places, self.vocab_size)
         return tokens
 
     def text_bytes(self, count: int, tokenizer: Tokenizer | None) -> int | None:

@@ -7,7 +7,10 @@ import numpy as np
 from parallel.engine import Batch
 from trainer.data.blend import Blend
 from trainer.data.order import mix, slots
-from trainer.data.sequences import Sequences, stacked
+from trainer.data.packing.base import PackingConfig
+from trainer.data.packing.concatenate import Concatenate
+from trainer.data.rows import stacked
+from trainer.data.stream import Stream
 
 # Up to so many epochs, repeated text teaches nearly what new text would (Muennighoff et al., arXiv 2305.16264).
 MOST_EPOCHS = 4
@@ -31,14 +34,18 @@ def share(start: int, count: int, data_rank: int, data_size: int, micro_batch: i
 
 
 class TrainingData:
-    """An endless run of samples; sample i is a pure function of (weights, seed, i).
+    """An endless run of samples; sample i is a pure function of (weights, packing, length, seed, i).
 
     weights: of each dataset, by the path that its .bin and .idx share, in the order that they are given. length: tokens
-    of a sequence. Raises ValueError where one of them is damaged, or has less than a sequence.
+    of a sequence. packing: default concatenate. Raises ValueError where one of them is damaged, or has no sequence to
+    train on.
     """
 
-    def __init__(self, weights: Mapping[str, float], length: int, seed: int) -> None:
-        self.sources = [Sequences(prefix, length) for prefix in weights]
+    def __init__(
+        self, weights: Mapping[str, float], length: int, seed: int, packing: PackingConfig | None = None
+    ) -> None:
+        packing = packing or Concatenate()
+        self.sources = [packing.pack(Stream.open(prefix), length) for prefix in weights]
         self._blend, self._seeds = Blend([*weights.values()]), source_seeds(seed, len(weights))
         for source in self.sources:
             if not source.full:
@@ -62,7 +69,7 @@ class TrainingData:
             epochs = count / source.full
             line = (
                 f"{source.stream.name}: {count:,} of {samples:,} samples ({count / samples:.2%}), "
-                f"{epochs:.2f} epochs of {source.full:,} sequences"
+                f"{epochs:.2f} epochs of {source}"
             )
             if epochs > MOST_EPOCHS:
                 line = f"warning: {line}; what is repeated more than {MOST_EPOCHS} times teaches less and less"

@@ -1,0 +1,1 @@
+"""Packings: how documents become sequences of one length."""
