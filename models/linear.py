@@ -69,8 +69,13 @@ class LinearMixer(Mixer):
     def core_weights(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self._weights} if self.conv_size else {}
 
-    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule, side: Side) -> tuple[Tensor, Cache]:
-        """Heads after their convolutions, and the states before them, to ([B, T, H, V], the states after them)."""
+    def mix(
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+    ) -> tuple[Tensor, Cache]:
+        """Heads after their convolutions, and the states before them, to ([B, T, H, V], the states after them).
+
+        rule: the recurrence of matrices in its form for this length, told of the documents.
+        """
         raise NotImplementedError
 
     def activate(self, x_BTHK: Tensor) -> Tensor:
@@ -99,9 +104,9 @@ class LinearMixer(Mixer):
         before = {name: past[name] for name in self.states if name in past}
         if before and documents_BS is not None and documents_BT is not None:
             goes_on_B = (documents_BT[:, 0] == documents_BS[:, width - 2]) | (documents_BT[:, 0] < 0)
-            before = {name: state * goes_on_B[:, None, None, None] for name, state in before.items()}
+            before = {name: state * goes_on_B.view(-1, *(1,) * (state.dim() - 1)) for name, state in before.items()}
         rule = recurrent if side.positions_BT.shape[1] == 1 else chunked
-        out_BTHV, after = self.mix(x, before, functools.partial(rule, documents_BT=documents_BT), side)
+        out_BTHV, after = self.mix(x, weights, before, functools.partial(rule, documents_BT=documents_BT), side)
         if cache is None or documents_BS is None or real_B is None:
             return out_BTHV, None
         return out_BTHV, {**new, **after, "documents": tail(documents_BS, real_B, width)}

@@ -76,7 +76,9 @@ class Based(LinearMixer):
         }
         return Projected(heads, {})
 
-    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule, side: Side) -> tuple[Tensor, Cache]:
+    def mix(
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+    ) -> tuple[Tensor, Cache]:
         scale = self.config.feature_dim**-0.5
         return normalized(rule, taylor(x["q"], scale), taylor(x["k"], scale), x["v"], x, past, self.config.eps)
 

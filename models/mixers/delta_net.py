@@ -80,7 +80,9 @@ class DeltaNet(LinearMixer):
         }
         return Projected(heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)})
 
-    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule, side: Side) -> tuple[Tensor, Cache]:
+    def mix(
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+    ) -> tuple[Tensor, Cache]:
         q, k, beta_BTH = unit(x["q"]), unit(x["k"]), key_gated(x["beta"], x)
         scale = self.width**-0.5
         out_BTHK, state_BHKK = rule(q, k, x["v"], None, beta_BTH, scale=scale, state_BJKV=past.get("state"))

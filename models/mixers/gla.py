@@ -103,7 +103,9 @@ class GLA(LinearMixer):
         }
         return Projected(heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)})
 
-    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule, side: Side) -> tuple[Tensor, Cache]:
+    def mix(
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+    ) -> tuple[Tensor, Cache]:
         groups = x["q"].shape[2] // x["k"].shape[2]
         k, v, g = (y.repeat_interleave(groups, 2) for y in (x["k"], key_gated(x["v"], x), x["g"]))
         out_BTHV, state_BHKV = rule(x["q"], k, v, g, scale=self.key**-0.5, state_BJKV=past.get("state"))

@@ -111,7 +111,9 @@ class KDA(LinearMixer):
         }
         return Projected(heads, {"gate": self.gate_up(self.gate_down(views.q_BTD))})
 
-    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule, side: Side) -> tuple[Tensor, Cache]:
+    def mix(
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+    ) -> tuple[Tensor, Cache]:
         q, k, beta_BTJ = unit(x["q"]), unit(x["k"]), key_gated(x["beta"], x)
         scale = q.shape[-1] ** -0.5
         out_BTJV, state_BJKV = rule(q, k, x["v"], x["g"], beta_BTJ, scale=scale, state_BJKV=past.get("state"))

@@ -75,7 +75,9 @@ class LinearAttention(LinearMixer):
         }
         return Projected(heads, {})
 
-    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule, side: Side) -> tuple[Tensor, Cache]:
+    def mix(
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+    ) -> tuple[Tensor, Cache]:
         q, k = (F.elu(y) + 1 if self.config.feature_map == "elu" else F.relu(y) for y in (x["q"], x["k"]))
         q = q * self.width**-0.5
         if self.config.normalize:

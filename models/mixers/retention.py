@@ -91,7 +91,9 @@ class Retention(LinearMixer):
         }
         return Projected(heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)})
 
-    def mix(self, x: dict[str, Tensor], past: Cache, rule: Rule, side: Side) -> tuple[Tensor, Cache]:
+    def mix(
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+    ) -> tuple[Tensor, Cache]:
         dtype = torch.promote_types(x["q"].dtype, torch.float32)
         cos, sin = angles(side.positions_BT, self.key, self.config.rope_theta, dtype)
         q, k, v = rotate_half(x["q"], cos, sin), rotate_half(x["k"], cos, sin), key_gated(x["v"], x)
