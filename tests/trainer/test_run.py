@@ -58,13 +58,16 @@ def test_another_tokenizer_than_the_data_s_is_refused_before_training(data: Path
     shutil.copytree(data, tmp_path / "data")
     config = runs.run_config(tmp_path / "data", tmp_path / "run")
     tokenizer = str(tmp_path / "data" / "tokenizer.model")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    model = dataclasses.replace(config.model, vocab_size=runs.VOCAB + 8)
+    config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     refuse_data(config)
     manifest = json.loads((tmp_path / "data" / MANIFEST).read_text())
-    manifest["tokenizer"]["sha256"] = "0" * 64
-    (tmp_path / "data" / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="were made with another tokenizer than"):
-        refuse_data(config)
+    # One of the same kind has another hash; one of another kind, which has another hash anyway, another size.
+    for change in ({"sha256": "0" * 64}, {"kind": "huggingface", "vocab_size": runs.VOCAB + 1}):
+        changed = {**manifest, "tokenizer": {**manifest["tokenizer"], **change}}
+        (tmp_path / "data" / MANIFEST).write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="were made with another tokenizer than"):
+            refuse_data(config)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -24,8 +24,12 @@ def fitting_tokenizer(path: str | None, model: str, vocab_size: int) -> Tokenize
 def refuse_other(prefix: str, tokenizer: Tokenizer, path: str) -> None:
     """Raise ValueError for data that say they were made with another tokenizer than that at `path`."""
     described = (read_manifest(prefix) or {}).get("tokenizer", {})
-    # An exported tokenizer is written in another format, and has another hash.
-    if described.get("kind") == tokenizer.kind and described.get("sha256") != tokenizer.sha256:
+    # An exported tokenizer is written in another format, and has another hash, but as many tokens.
+    if described.get("kind") == tokenizer.kind:
+        other = described.get("sha256") != tokenizer.sha256
+    else:
+        other = described.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size
+    if other:
         raise ValueError(
             f"the data {prefix} were made with another tokenizer than {path}; give data that the model's made"
         )
