@@ -16,9 +16,10 @@ A causal language model trained with Weft, with {parameters} parameters ({dtype}
 a vocabulary of {vocab}.
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("<this folder>"{arguments})
+tokenizer = AutoTokenizer.from_pretrained("<this folder>"{arguments})  # if there is a tokenizer.json
 ```
 
 {about}
