@@ -148,7 +148,7 @@ def newest_of(
         warn(f"checkpoint {path} is damaged ({reason}); falling back to an older one")
     if found:
         raise ValueError(
-            f"all {len(found)} checkpoints in {folder} are damaged; restore one, or start anew with --fresh"
+            f"all {len(found)} checkpoints in {folder} are damaged; restore one, or train anew with weft train --fresh"
         )
     return None
 
