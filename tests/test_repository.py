@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.tiny import SLOTS
+
 ROOT = Path(__file__).resolve().parents[1]
 LINES = 350
 
@@ -95,3 +97,9 @@ def test_links_between_pages_lead_somewhere(texts: dict[str, str]) -> None:
 def test_text_files_end_in_one_newline(texts: dict[str, str]) -> None:
     wrong = [name for name, text in texts.items() if text and (not text.endswith("\n") or text.endswith("\n\n"))]
     assert wrong == []
+
+
+def test_the_readme_names_every_kind() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    named = {slot: set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", kinds))) for slot, kinds in rows}
+    assert named == {slot.slot: set(slot.kinds()) for slot in SLOTS}
