@@ -38,7 +38,7 @@ class LocalCore:
 
 
 class MixerBranch(nn.Module):
-    """own_tokens -> project -> values -> core -> merge."""
+    """own_tokens -> project -> values -> core -> merge -> finish."""
 
     def __init__(self, mixer: Mixer, values: Values) -> None:
         super().__init__()
@@ -58,6 +58,9 @@ class MixerBranch(nn.Module):
             heads[KEY_GATE] = inputs[KEY_GATE]
         out_BTHV, cache = self.run_core(self.mixer.core, heads, self.mixer.core_weights(), whole, cache)
         return Result(self.mixer.merge(out_BTHV, kept), {**writes, **more}, cache=cache)
+
+    def finish(self, sum_BTD: Tensor) -> Tensor:
+        return self.mixer.finish(sum_BTD)
 
 
 class FFNBranch(nn.Module):
@@ -79,6 +82,9 @@ class FFNBranch(nn.Module):
 
     def forward(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
         return self.ffn(views.q_BTD, inputs, side)
+
+    def finish(self, sum_BTD: Tensor) -> Tensor:
+        return sum_BTD
 
 
 Branch = TypeVar("Branch", bound=MixerBranch | FFNBranch)
@@ -109,7 +115,8 @@ class Sublayer(nn.Module, Generic[Branch]):
         views, inputs = self.boundary.enter(views, {**inputs, **own.made}, dict(own.made_by_head))
         result = self.branch(views, inputs, self.boundary.side(local), side, cache)
         self.check_written(own, result)
-        out_BTD = self.scaling(self.placement.after(self.boundary.exit(result.out_BTD)))
+        out_BTD = self.branch.finish(self.boundary.exit(result.out_BTD))
+        out_BTD = self.scaling(self.placement.after(out_BTD))
         if gate_BT is not None:
             out_BTD = out_BTD * gate_BT[..., None].to(out_BTD.dtype)
         result = result._replace(

@@ -53,8 +53,13 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
-        """Token-wise, to [B, T, D]."""
+        """Token-wise, to [B, T, D]: this rank's heads' part of a sum over tensor ranks. What `finish` needs may be
+        further channels."""
         raise NotImplementedError
+
+    def finish(self, sum_BTD: Tensor) -> Tensor:
+        """Token-wise, from the sum over tensor ranks to [B, T, D]; without parameters."""
+        return sum_BTD
 
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """Once per optimiser step, with the step's statistics summed over all ranks and micro-batches."""

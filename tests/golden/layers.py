@@ -15,16 +15,23 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.mixer = mixer
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return run(self.mixer, x_BTD, side_of(x_BTD.shape[0], x_BTD.shape[1]))[0]
+    def forward(self, x_BTD: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        return run(self.mixer, x_BTD, side_of(x_BTD.shape[0], x_BTD.shape[1]), extra=extra)[0]
 
 
-def run_mixer(ours: MixerConfig, params: dict[str, Tensor], x_BTD: Tensor, norm_eps: float) -> Tensor:
-    """params: by our names, every one of them."""
+def run_mixer(
+    ours: MixerConfig,
+    params: dict[str, Tensor],
+    x_BTD: Tensor,
+    norm_eps: float,
+    extra: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """params: by our names, every one of them. extra: weights of the core that come from elsewhere."""
     with torch.device("meta"):
         mixer = ours.build(LayerContext(x_BTD.shape[-1], 0, (LayerConfig(ours, SwiGLUConfig(1)),), norm_eps))
     assert {name: p.shape for name, p in mixer.named_parameters()} == {name: p.shape for name, p in params.items()}
-    return torch.func.functional_call(Layer(mixer), {f"mixer.{name}": p for name, p in params.items()}, x_BTD)
+    weights = {f"mixer.{name}": p for name, p in params.items()}
+    return torch.func.functional_call(Layer(mixer), weights, (x_BTD, extra or {}))
 
 
 def weights(params: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:

@@ -3,6 +3,9 @@
 Shape suffixes: B batch, T sequence, D model width, H heads, V value width of a head.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -22,12 +25,18 @@ def side_of(batch: int, length: int, start: int = 0, documents_BT: Tensor | None
 
 
 def run(
-    mixer: Mixer, x_BTD: Tensor, side: Side, cache: Cache | None = None, gate_BT: Tensor | None = None
+    mixer: Mixer,
+    x_BTD: Tensor,
+    side: Side,
+    cache: Cache | None = None,
+    gate_BT: Tensor | None = None,
+    extra: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[Tensor, Cache | None]:
+    """extra: further weights of the core."""
     views = Views.same(x_BTD)
     own = mixer.own_tokens(views, {}, side)
     heads, kept, _ = mixer.project(views, {**own.made, **own.made_by_head}, side)
     if gate_BT is not None:
         heads[KEY_GATE] = gate_BT
-    out_BTHV, cache = mixer.core(heads, mixer.core_weights(), side, cache)
-    return mixer.merge(out_BTHV, kept), cache
+    out_BTHV, cache = mixer.core(heads, {**mixer.core_weights(), **extra}, side, cache)
+    return mixer.finish(mixer.merge(out_BTHV, kept)), cache
