@@ -1,4 +1,4 @@
-"""What mixers with a matrix per head as their state have in common: short convolutions, documents, decoding.
+"""What recurrent mixers have in common: short convolutions, documents, decoding; and the parts of matrix recurrences.
 
 Shape suffixes: B batch, T sequence, S = T and the tokens before it that the convolutions see, H heads, K and V widths.
 """
@@ -49,11 +49,10 @@ class TimeStepBias:
 class LinearMixer(Mixer):
     """A subclass defines `mix`, and calls `declare_convs` if it has convolutions.
 
-    conv_size: tokens that a convolution sees. states: entries of the cache that start anew with a document.
+    conv_size: tokens that a convolution sees. The cache's entry "state" starts anew with a document.
     """
 
     conv_size = 0
-    states: tuple[str, ...] = ("state",)
 
     def declare_convs(self, widths: Mapping[str, tuple[Axis, int]], size: int, bias: bool = False) -> None:
         """A convolution over each of these heads, by their axis and width."""
@@ -101,10 +100,10 @@ class LinearMixer(Mixer):
             x[name] = self.activate(short_conv(x_BSHK, weights[f"conv_{name}"], bias, documents_BS))
             if cache is not None and real_B is not None:
                 new[f"conv_{name}"] = tail(x_BSHK, real_B, self.conv_size)
-        before = {name: past[name] for name in self.states if name in past}
-        if before and documents_BS is not None and documents_BT is not None:
+        before: Cache = {}
+        if past and documents_BS is not None and documents_BT is not None:
             goes_on_B = (documents_BT[:, 0] == documents_BS[:, width - 2]) | (documents_BT[:, 0] < 0)
-            before = {name: state * goes_on_B.view(-1, *(1,) * (state.dim() - 1)) for name, state in before.items()}
+            before = {"state": past["state"] * goes_on_B.view(-1, *(1,) * (past["state"].dim() - 1))}
         rule = recurrent if side.positions_BT.shape[1] == 1 else chunked
         out_BTHV, after = self.mix(x, weights, before, functools.partial(rule, documents_BT=documents_BT), side)
         if cache is None or documents_BS is None or real_B is None:
@@ -117,6 +116,15 @@ def whole(name: str, width: float, hint: str) -> int:
     if width != int(width) or width < 1:
         raise ValueError(f"{name} would be {width:g} wide; it must be whole and at least 1, so change {hint}")
     return int(width)
+
+
+def refuse_ungrouped(num_heads: int, num_value_heads: int | None) -> None:
+    """Raise ValueError unless key heads can share out the value heads."""
+    if (num_value_heads or num_heads) % num_heads:
+        raise ValueError(
+            f"num_value_heads {num_value_heads} is not a multiple of num_heads {num_heads}; "
+            "every key head serves the same number of value heads, so change one of them"
+        )
 
 
 def key_gated(x_BTH: Tensor, heads: dict[str, Tensor]) -> Tensor:

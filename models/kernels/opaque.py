@@ -17,8 +17,8 @@ def opaque(function: Callable[..., Result]) -> Callable[..., Result]:
     which an exported model brings another one. Shapes of results depend on those of the arguments alone, so that the
     function itself, run without data, tells the compiler of them.
     """
-    namespace = re.sub(r"\W", "_", function.__module__)
-    operator = torch.library.custom_op(f"{namespace}::{function.__name__.strip('_')}", function, mutates_args=())
+    namespace, name = re.sub(r"\W", "_", function.__module__), function.__name__.strip("_")
+    operator = torch.library.custom_op("::".join((namespace, name)), function, mutates_args=())
     operator.register_fake(function)
 
     @functools.wraps(function)

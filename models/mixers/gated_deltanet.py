@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import at_least
-from models.linear import LinearMixer, LogUniform, Rule, TimeStepBias, key_gated, rule_flops, unit
+from models.linear import LinearMixer, LogUniform, Rule, TimeStepBias, key_gated, refuse_ungrouped, rule_flops, unit
 from models.params import Axis, Linear, RMSNorm, declare, upcast
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
@@ -46,11 +46,7 @@ class GatedDeltaNetConfig(MixerConfig, kind="gated_deltanet"):
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "num_value_heads", "head_dim")
         at_least(self, 2, "conv_size", hint=" tokens, and 4 is usual")
-        if (self.num_value_heads or self.num_heads) % self.num_heads:
-            raise ValueError(
-                f"num_value_heads {self.num_value_heads} is not a multiple of num_heads {self.num_heads}; "
-                "every key head serves the same number of value heads, so change one of them"
-            )
+        refuse_ungrouped(self.num_heads, self.num_value_heads)
         if not (self.head_dim * self.expand_v).is_integer() or self.expand_v <= 0:
             raise ValueError(
                 f"head_dim {self.head_dim} x expand_v {self.expand_v} is {self.head_dim * self.expand_v}; "

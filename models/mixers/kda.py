@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import at_least
-from models.linear import LinearMixer, LogUniform, Rule, TimeStepBias, key_gated, rule_flops, unit, whole
+from models.linear import (
+    LinearMixer,
+    LogUniform,
+    Rule,
+    TimeStepBias,
+    key_gated,
+    refuse_ungrouped,
+    rule_flops,
+    unit,
+    whole,
+)
 from models.params import Axis, Constant, Linear, RMSNorm, declare, upcast
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
@@ -46,11 +56,7 @@ class KDAConfig(MixerConfig, kind="kda"):
         at_least(self, 1, "num_heads", "num_value_heads", "head_dim", "gate_rank")
         at_least(self, 2, "conv_size", hint=" tokens, and 4 is usual")
         whole("a value head", self.head_dim * self.expand_v, "head_dim or expand_v")
-        if (self.num_value_heads or self.num_heads) % self.num_heads:
-            raise ValueError(
-                f"num_value_heads {self.num_value_heads} is not a multiple of num_heads {self.num_heads}; "
-                "every key head serves the same number of value heads, so change one of them"
-            )
+        refuse_ungrouped(self.num_heads, self.num_value_heads)
         if self.decay_floor is not None and self.decay_floor >= 0:
             raise ValueError(f"decay_floor is {self.decay_floor}; log decays are below 0, and -5 is usual")
 
