@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.config import LMConfig
 from models.layer import Layer
 from models.loss import Vocabulary, count_targets
+from models.noise import of_layer
 from models.rules import check
 from models.slots import Cache, Closer, Opener
 from models.state import Entry, Layout, Side, State
@@ -115,6 +116,7 @@ class LM(nn.Module):
         *,
         documents_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
+        keys_B: Tensor | None = None,
         state: State | None = None,
         cache: dict[str, Cache] | None = None,
         keep_BK: Tensor | None = None,
@@ -122,13 +124,14 @@ class LM(nn.Module):
         """Run the parts that are present.
 
         tokens_BT, targets_BT (-100: no target), documents_BT (-1: padding), positions_BT (default: the index in the
-        row): int64, the whole sequence on every stage and rank. state: from the previous stage. cache: {} to start
-        decoding (with positions_BT), then what the last call returned. keep_BK: indices of the
-        K tokens of each row whose logits are wanted (default: all).
+        row): int64, the whole sequence on every stage and rank. keys_B: of the rows' random draws (`models.noise`),
+        without which none are made. state: from the previous stage. cache: {} to start decoding (with positions_BT),
+        then what the last call returned. keep_BK: indices of the K tokens of each row whose logits are wanted
+        (default: all).
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-        side = Side(tokens_BT, positions_BT, documents_BT)
+        side = Side(tokens_BT, positions_BT, documents_BT, keys=keys_B)
         local = self.shard(side)
         if self.embed is not None and self.embed_norm is not None and self.opener is not None:
             state = self.opener(self.embed_norm(self.embed(local.tokens_BT)))
@@ -140,7 +143,9 @@ class LM(nn.Module):
         caches: dict[str, Cache] | None = None if cache is None else {}
         for layer in self.blocks:
             name = str(layer.index)
-            entries, extras = layer(entries, side, local, None if cache is None else cache.get(name, {}))
+            # The layer's own keys are made here: a compiler would take an index within it as a reason for new code.
+            sides = of_layer(side, layer.index), of_layer(local, layer.index)
+            entries, extras = layer(entries, *sides, None if cache is None else cache.get(name, {}))
             for key, loss in extras.losses.items():
                 total = loss.reshape(1) if total is None else total + loss.reshape(1)
                 losses[key] = losses.get(key, 0) + loss.detach()

@@ -115,13 +115,23 @@ class Side:
     """What every stage knows by itself: token ids, document ids and positions, all [B, T], of the whole sequence.
 
     documents is None when every row is one document; id -1 marks padding. A `window` (start, length) narrows the
-    properties below to the part of the sequence that the caller holds; the fields stay whole.
+    properties below to the part of the sequence that the caller holds; the fields stay whole. keys: int64 [B], below
+    2^32, what each row's random draws are made from (`models.noise`); None where nothing is drawn.
     """
 
     tokens: Tensor
     positions: Tensor
     documents: Tensor | None = None
     window: tuple[int, int] | None = None
+    keys: Tensor | None = None
+
+    @property
+    def draws(self) -> bool:
+        """Whether random draws are made: in training."""
+        return self.keys is not None
+
+    def with_keys(self, keys: Tensor) -> "Side":
+        return dataclasses.replace(self, keys=keys)
 
     def narrow(self, start: int, length: int) -> "Side":
         offset = self.window[0] if self.window else 0

@@ -130,8 +130,9 @@ def make_batch(config: LMConfig, mesh: MeshConfig, settings: Settings) -> Batch:
     tokens = torch.randint(config.vocab_size, shape, generator=generator)
     targets = torch.randint(config.vocab_size, shape, generator=generator)
     targets[torch.rand(shape, generator=generator) < torch.linspace(0, 0.6, count)[:, None]] = IGNORE
+    keys = torch.randint(2**32, (count,), generator=generator)
     if not settings.packed:
-        return Batch(tokens, targets)
+        return Batch(tokens, targets, keys=keys)
     starts = torch.rand(shape, generator=generator) < 0.2
     starts[:, 0] = True
     documents = starts.long().cumsum(1) - 1
@@ -139,7 +140,7 @@ def make_batch(config: LMConfig, mesh: MeshConfig, settings: Settings) -> Batch:
     positions = index - index.where(starts, 0).cummax(1).values
     padding = index >= settings.length - torch.arange(count)[:, None] % 3
     documents[padding], targets[padding] = -1, IGNORE
-    return Batch(tokens, targets, documents, positions)
+    return Batch(tokens, targets, documents, positions, keys)
 
 
 def share(batch: Batch, count: int, data_rank: int, data_size: int) -> Batch:

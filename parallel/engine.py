@@ -29,12 +29,14 @@ from parallel.shards import cut_parameters, fill, shards, whole, write
 
 @dataclasses.dataclass
 class Batch:
-    """One data rank's sequences of a step, micro-batch-major: int64 [N, T]. targets: -100 is none."""
+    """One data rank's sequences of a step, micro-batch-major: int64 [N, T]. targets: -100 is none. keys: [N], one for
+    the random draws of each sequence (`models.noise`)."""
 
     tokens: Tensor
     targets: Tensor
     documents: Tensor | None = None
     positions: Tensor | None = None
+    keys: Tensor | None = None
 
     def side(self) -> dict[str, Tensor]:
         return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) is not None}
@@ -69,6 +71,7 @@ def pad(batch: Batch, multiple: int) -> Batch:
         F.pad(batch.targets, (0, short), value=IGNORE),
         F.pad(documents, (0, short), value=-1),
         F.pad(positions, (0, short)),
+        batch.keys,
     )
 
 
@@ -231,8 +234,8 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
-        """(cross-entropy sum, valid targets) of the batches of all data ranks; equal on all ranks."""
-        batch = pad(batch, self.mesh.sequence.size)
+        """(cross-entropy sum, valid targets) of the batches of all data ranks; equal on all ranks. Nothing is drawn."""
+        batch = pad(dataclasses.replace(batch, keys=None), self.mesh.sequence.size)
         with self._computing():
             if self.stages:
                 record = pipeline.relay(self.stages, self.mesh, batch.side(), self.dtype)

@@ -109,6 +109,7 @@ def forward(model: LM, side: dict[str, Tensor], state: State | None = None) -> O
         side["targets"],
         documents_BT=side.get("documents"),
         positions_BT=side.get("positions"),
+        keys_B=side.get("keys"),
         state=state,
     )
 

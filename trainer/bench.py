@@ -47,7 +47,8 @@ def bench(config: RunConfig, mesh: Mesh, steps: int, warmup: int) -> BenchResult
             synchronize(mesh.device)
             began = time.perf_counter()
         tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(mesh.device)
-        out = engine.step_gradients(Batch(tokens[:, :-1], tokens[:, 1:]), config.micro_batches)
+        batch = Batch(tokens[:, :-1], tokens[:, 1:], keys=torch.arange(rows, device=mesh.device))
+        out = engine.step_gradients(batch, config.micro_batches)
         if config.optim.clip is not None:
             engine.clip(config.optim.clip, engine.grad_norm())
         optimizer.step(config.optim.lr)

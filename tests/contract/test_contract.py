@@ -12,6 +12,7 @@ from models.state import Layout, Side
 from tests.contract.tiny import SLOTS, build, describe, draw, every_kind, of_kind
 
 KINDS = [pytest.param(of_kind(slot, kind), id=f"{slot}-{kind}") for slot, kind in every_kind()]
+KEYS = torch.tensor([5, 6])
 DRAWS = [pytest.param(draw(seed), id=f"draw{seed}") for seed in range(1000, 1012)]
 
 
@@ -40,7 +41,7 @@ def promise(config: LMConfig, name: str) -> bool:
 def test_shapes_gradients_and_dtype(config: LMConfig) -> None:
     model, x = shaken(config), tokens()
     assert model(x).logits.shape == (2, 9, 32)
-    out = model(x, x)
+    out = model(x, x, keys_B=KEYS)
     assert out.loss.dtype == torch.float64 and out.count == x.numel()
     out.loss.backward()
     for name, parameter in model.named_parameters():
@@ -51,7 +52,7 @@ def test_shapes_gradients_and_dtype(config: LMConfig) -> None:
 @pytest.mark.parametrize("config", [*KINDS, *DRAWS])
 def test_deterministic(config: LMConfig) -> None:
     model, x = shaken(config), tokens()
-    losses = [model(x, x).loss for _ in range(2)]
+    losses = [model(x, x, keys_B=KEYS).loss for _ in range(2)]
     first, second = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
     assert torch.equal(losses[0], losses[1])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -128,7 +129,7 @@ def test_recompute_safe(config: LMConfig) -> None:
     """Running a layer twice leaves the same result: nothing is counted or stored on the way."""
     model, x = shaken(config), tokens()
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    first, second = model(x, x), model(x, x)
+    first, second = (model(x, x, keys_B=KEYS) for _ in range(2))
     assert torch.equal(first.loss, second.loss)
     assert all(torch.equal(first.stats[name], second.stats[name]) for name in first.stats)
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())

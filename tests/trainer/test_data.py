@@ -120,9 +120,10 @@ def test_ranks_share_one_order(folder: Path, data_size: int, micro_batch: int) -
     expected = data.batch(start, count, 0, 1, count)
     across = data_size * micro_batch
     parts = [data.batch(start, count, rank, data_size, micro_batch) for rank in range(data_size)]
-    for name in ("tokens", "targets", "documents", "positions"):
+    for name, whole in expected.side().items():
         ranks = [getattr(part, name).view(count // across, micro_batch, -1) for part in parts]
-        assert torch.equal(torch.cat(ranks, dim=1).flatten(0, 1), getattr(expected, name))
+        assert torch.equal(torch.cat(ranks, dim=1).view_as(whole), whole), name
+    assert len(expected.keys.unique()) == count and not torch.equal(expected.keys, data.batch(0, 8, 0, 1, 8).keys)
 
 
 def test_mistakes_are_one_sentence(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from parallel.engine import Batch
 from trainer.data.blend import Blend
@@ -61,7 +63,14 @@ class TrainingData:
         rows = np.empty_like(turns)
         for k, (source, seed) in enumerate(zip(self.sources, self._seeds, strict=True)):
             rows[sources == k] = slots(turns[sources == k], source.full, seed)
-        return stacked(self.sources[k].row(row) for k, row in zip(sources.tolist(), rows.tolist(), strict=True))
+        batch = stacked(self.sources[k].row(row) for k, row in zip(sources.tolist(), rows.tolist(), strict=True))
+        batch.keys = torch.from_numpy(self._keys(samples))
+        return batch
+
+    def _keys(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of each sample's random draws, 32 bits."""
+        start = mix(np.array([self._seeds[0]], dtype=np.int64).astype(np.uint64) + np.uint64(1))
+        return (mix(start + samples.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
     def plan(self, samples: int) -> Iterator[str]:
         """A line on every source: how much of the first `samples` it gives, and how often it is gone through."""
