@@ -92,5 +92,11 @@ class LMConfig:
         layers = self.expanded
         norm = layers[index].norm or self.norm
         return LayerContext(
-            self.d_model, index, layers, norm.eps, self.residual.output_gain(), {} if pool is None else pool
+            self.d_model,
+            index,
+            layers,
+            norm.eps,
+            self.residual.output_gain(),
+            self.vocab_size,
+            {} if pool is None else pool,
         )

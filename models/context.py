@@ -16,7 +16,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclasses.dataclass(frozen=True)
 class LayerContext:
-    """What a plug-in may know about its place: all layers' configs, its own index, the model's width.
+    """What a plug-in may know about its place: all layers' configs, its own index, the model's width and vocabulary.
 
     pool: the modules that layers share, by key; see `share`.
     """
@@ -26,6 +26,7 @@ class LayerContext:
     layers: tuple["LayerConfig", ...]
     norm_eps: float
     output_gain: float = 1.0
+    vocab_size: int = 0
     pool: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property

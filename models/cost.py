@@ -37,7 +37,7 @@ def cost(config: LMConfig, sequence: int) -> Cost:
         share = own.ffn.active_share()
         for _, module, attribute, spec in named_specs(layer):
             parameter = getattr(module, attribute)
-            if parameter.dim() > 1 and parameter not in in_core:
+            if parameter.dim() > 1 and parameter not in in_core and spec.role != "embedding":
                 active += parameter.numel() * (share if of_experts(spec) else 1.0)
         core += own.mixer.flops_per_token(config.d_model, sequence)
     active += matrices(model.opener) + matrices(model.closer)

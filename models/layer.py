@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.config import LMConfig
 from models.slots import FFN, Cache, Connection, DepthControl, Mixer, Placement, Values
-from models.state import KEY_GATE, Entry, Layout, OwnTokens, Result, Side, State, Views
+from models.state import ALL_VALUES, KEY_GATE, Entry, Layout, OwnTokens, Result, Side, State, Valued, Views
 
 Core = Callable[[dict[str, Tensor], dict[str, Tensor], Side, Cache | None], tuple[Tensor, Cache | None]]
 
@@ -38,10 +38,12 @@ class LocalCore:
 
 
 class MixerBranch(nn.Module):
-    """own_tokens -> project -> values -> core -> merge -> finish."""
+    """own_tokens -> project -> values -> core -> values -> merge -> finish."""
 
     def __init__(self, mixer: Mixer, values: Values) -> None:
         super().__init__()
+        if not values.own:
+            mixer.drop_values()
         self.mixer, self.values = mixer, values
         self.run_core = LocalCore()
         self.entry = "gathered"
@@ -53,11 +55,16 @@ class MixerBranch(nn.Module):
 
     def forward(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
         heads, kept, writes = self.mixer.project(views, inputs, side)
-        heads["v"], more = self.values(heads["v"], inputs)
+        valued: Valued = self.values(heads["v"], views, inputs, side, cache)
+        heads["v"] = valued.v_BTHV
+        if valued.all_BSHV is not None:
+            heads[ALL_VALUES] = valued.all_BSHV
         if KEY_GATE in inputs:
             heads[KEY_GATE] = inputs[KEY_GATE]
         out_BTHV, cache = self.run_core(self.mixer.core, heads, self.mixer.core_weights(), whole, cache)
-        return Result(self.mixer.merge(out_BTHV, kept), {**writes, **more}, cache=cache)
+        out_BTHV = self.values.after(out_BTHV, valued.v_BTHV, inputs)
+        cache = None if cache is None else {**cache, **valued.cache}
+        return Result(self.mixer.merge(out_BTHV, kept), {**writes, **valued.writes}, cache=cache)
 
     def finish(self, sum_BTD: Tensor) -> Tensor:
         return self.mixer.finish(sum_BTD)

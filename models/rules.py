@@ -41,8 +41,8 @@ def reasons(config: "LMConfig") -> Iterator[str]:
             if (heads, width) != shapes[0]:
                 own = ValuesConfig.such_as(lambda kind: not kind.crosses_layers)
                 yield (
-                    f"values {config.values.kind} adds layer 0's values ({shapes[0][0]} heads of width {shapes[0][1]}) "
-                    f"to every layer's, and layer {index} ({layers[index].mixer.kind}) has {heads} of width {width}; "
+                    f"values {config.values.kind} takes layer 0's ({shapes[0][0]} heads of width {shapes[0][1]}) "
+                    f"to every layer, and layer {index} ({layers[index].mixer.kind}) has {heads} of width {width}; "
                     f"give all layers the same value heads and width, or use values that stay in their layer{own}"
                 )
 

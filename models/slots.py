@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.params import RMSNorm
+from models.params import Linear, RMSNorm
 from models.plugin import Plugin
-from models.state import Entry, OwnTokens, Projected, Result, Side, State, Views
+from models.state import Entry, OwnTokens, Projected, Result, Side, State, Valued, Views
 
 Cache = dict[str, Tensor]
 
@@ -48,9 +48,21 @@ class Mixer(nn.Module):
     def core(
         self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
     ) -> tuple[Tensor, Cache | None]:
-        """Mix along the whole sequence. `heads` may hold "key_gate" [B, T] in (0, 1]. `cache` None: training;
-        {}: start decoding; otherwise what the last call returned. Returns ([B, T, H, V], new cache or None)."""
+        """Mix along the whole sequence. `heads` may hold "key_gate" [B, T] in (0, 1], and in decoding "all_values"
+        [B, S, H, V], of all tokens so far, so that none need be kept. `cache` None: training; {}: start decoding;
+        otherwise what the last call returned. Returns ([B, T, H, V], new cache or None)."""
         raise NotImplementedError
+
+    def drop_values(self) -> None:
+        """Lose the projection of the values, for which another layer's are taken: here the Linear `v`, which makes "v"
+        and nothing else. A mixer that makes them otherwise says how. Raises ValueError where there is none."""
+        own = getattr(self, "v", None)
+        if not isinstance(own, Linear):
+            raise ValueError(
+                f"{type(self).__name__} has no projection of values that it could do without; use values that every "
+                f"layer makes for itself{ValuesConfig.such_as(lambda kind: not kind.crosses_layers)}"
+            )
+        self.v = NoValues(own.weight.shape[0])
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
         """Token-wise, to [B, T, D]: this rank's heads' part of a sum over tensor ranks. What `finish` needs may be
@@ -63,6 +75,17 @@ class Mixer(nn.Module):
 
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """Once per optimiser step, with the step's statistics summed over all ranks and micro-batches."""
+
+
+class NoValues(nn.Module):
+    """In place of a projection to `width` channels that nobody reads: zeros that take no memory."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.new_zeros(1).expand(*x_BTD.shape[:-1], self.width)
 
 
 class FFN(nn.Module):
@@ -86,13 +109,22 @@ class FFN(nn.Module):
 
 
 class Values(nn.Module):
-    """What happens to a mixer's values between `project` and `core`."""
+    """What happens to a mixer's values between `project` and `core`, and to its heads' outputs behind it. Token-wise.
 
+    own: the mixer makes values of its own; otherwise it loses that projection, and v_BTHV has no meaning.
+    """
+
+    own: bool = True
     reads: tuple[str, ...] = ()
     writes: tuple[Entry, ...] = ()
 
-    def forward(self, v_BTHV: Tensor, inputs: State) -> tuple[Tensor, State]:
-        return v_BTHV, {}
+    def forward(self, v_BTHV: Tensor, views: Views, inputs: State, side: Side, cache: Cache | None) -> Valued:
+        """views, inputs, side: as `Mixer.project` sees them. cache: as for `Mixer.core`, by names of its own."""
+        return Valued(v_BTHV)
+
+    def after(self, out_BTHV: Tensor, v_BTJV: Tensor, inputs: State) -> Tensor:
+        """What `merge` gets. v_BTJV: the values that `forward` gave, J dividing H."""
+        return out_BTHV
 
 
 class Connection(nn.Module):
@@ -236,7 +268,7 @@ class Closer(nn.Module):
 class ValuesConfig(Plugin, slot="values", folder="models.values"):
     """What is done to value vectors across layers.
 
-    crosses_layers: it adds values of different layers, whose heads and widths must then be equal.
+    crosses_layers: values of one layer reach others, whose heads and widths must then be equal.
     """
 
     crosses_layers: ClassVar[bool] = False

@@ -15,6 +15,7 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 KEY_GATE = "key_gate"  # [B, T] in [0, 1]: how much a token may be seen as a key
+ALL_VALUES = "all_values"  # [B, S, H, V], in decoding: the values of all tokens so far, which others keep
 
 
 class Layout(enum.Enum):
@@ -108,6 +109,19 @@ class Projected(NamedTuple):
     heads: dict[str, Tensor]
     kept: dict[str, Tensor]
     writes: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Valued(NamedTuple):
+    """What `Values.forward` returns.
+
+    v_BTHV: the values of the tokens at hand. writes: entries over heads. cache: what decoding needs next time.
+    all_BSHV: in decoding, the values of all tokens so far, where they are kept for all layers at one place.
+    """
+
+    v_BTHV: Tensor
+    writes: Mapping[str, Tensor] = MappingProxyType({})
+    cache: Mapping[str, Tensor] = MappingProxyType({})
+    all_BSHV: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from models.limits import at_least, head_width
 from models.params import Axis, Linear, RMSNorm
 from models.rope import angles, rotate_half, rotate_interleaved
 from models.slots import Cache, Mixer, MixerConfig
-from models.state import KEY_GATE, Projected, Side, State, Views
+from models.state import ALL_VALUES, KEY_GATE, Projected, Side, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +122,8 @@ class Attention(Mixer):
         documents_BS = side.documents_BT if side.documents is not None else torch.zeros_like(side.positions_BT)
         assert documents_BS is not None
         keys: Cache = {"k": k_BSJK, "v": v_BSJV, "positions": side.positions_BT, "documents": documents_BS}
+        if ALL_VALUES in heads:
+            del keys["v"]
         if gate_BS is not None:
             keys[KEY_GATE] = gate_BS
         if not cache and side.documents is None and config.window is None and gate_BS is None:
@@ -132,7 +134,8 @@ class Attention(Mixer):
         bias_BTS = as_bias(visible_BTS, q_BTHK.dtype)
         if gate_BS is not None:
             bias_BTS = bias_BTS + keys[KEY_GATE].clamp(1e-6, 1).log()[:, None].to(bias_BTS.dtype)
-        return attend(q_BTHK, keys["k"], keys["v"], bias_BTS), None if cache is None else keys
+        v_BSJV = heads.get(ALL_VALUES, keys.get("v", v_BSJV))
+        return attend(q_BTHK, keys["k"], v_BSJV, bias_BTS), None if cache is None else keys
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
         out = out_BTHV.flatten(-2)

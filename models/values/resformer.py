@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.params import Constant, declare
-from models.slots import Values, ValuesConfig
-from models.state import Entry, Layout, State
+from models.slots import Cache, Values, ValuesConfig
+from models.state import Entry, Layout, Side, State, Valued, Views
 
 FIRST = "first_value"
 
@@ -47,8 +47,8 @@ class FirstValue(Values):
         super().__init__()
         self.writes = (Entry(FIRST, value_shape, Layout.HEADS, heads=value_shape[0]),)
 
-    def forward(self, v_BTHV: Tensor, inputs: State) -> tuple[Tensor, State]:
-        return v_BTHV, {FIRST: v_BTHV}
+    def forward(self, v_BTHV: Tensor, views: Views, inputs: State, side: Side, cache: Cache | None) -> Valued:
+        return Valued(v_BTHV, {FIRST: v_BTHV})
 
 
 class ConstantMix(Values):
@@ -58,8 +58,8 @@ class ConstantMix(Values):
         super().__init__()
         self.lambda1, self.lambda2 = lambda1, lambda2
 
-    def forward(self, v_BTHV: Tensor, inputs: State) -> tuple[Tensor, State]:
-        return self.lambda1 * inputs[FIRST] + self.lambda2 * v_BTHV, {}
+    def forward(self, v_BTHV: Tensor, views: Views, inputs: State, side: Side, cache: Cache | None) -> Valued:
+        return Valued(self.lambda1 * inputs[FIRST] + self.lambda2 * v_BTHV)
 
 
 class LearnedMix(Values):
@@ -72,5 +72,5 @@ class LearnedMix(Values):
         declare(self, "lambda1", (1,), Constant(lambda1))
         declare(self, "lambda2", (1,), Constant(lambda2))
 
-    def forward(self, v_BTHV: Tensor, inputs: State) -> tuple[Tensor, State]:
-        return self.lambda1 * inputs[FIRST] + self.lambda2 * v_BTHV, {}
+    def forward(self, v_BTHV: Tensor, views: Views, inputs: State, side: Side, cache: Cache | None) -> Valued:
+        return Valued(self.lambda1 * inputs[FIRST] + self.lambda2 * v_BTHV)

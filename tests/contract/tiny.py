@@ -79,6 +79,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "ladder": ({"layers": [1, 2]}, {"layers": [3]}),
     "reversible": ({"grid_bits": 44}, {"grid_bits": 20}),
     "resformer": ({"lambda1": 2.0, "lambda2": 0.3},),
+    "resformer_sparse": ({"layers": [1, 2], "lambda2": 0.5},),
+    "resformer_plus": ({"lambda2": 1.0},),
+    "neutreno": ({"strength": -0.3},),
+    "neutreno_resformer": ({"strength": 1.0, "lambda1": 0.2},),
+    "value_embedding": ({"tables": 2, "lambda1": 1.0},),
+    "value_embedding_gated": ({"channels": 3, "gate_range": 1.0},),
     "skip_middle": ({"sparsity": 0.01},),
     "laurel": ({"rank": 3},),
 }

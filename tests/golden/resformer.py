@@ -28,6 +28,12 @@ NAMES = {
 def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     learnable = config["mixing"] == "learnable"
     values: ValuesConfig = LearnableResFormerValues() if learnable else ResFormerValues(**config["mixing"])
+    return run_llama(inputs, params, config, values)
+
+
+def run_llama(
+    inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict, values: ValuesConfig
+) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = LM(llama(config, values))
     mapped = {rename(name): x if x.dim() else x[None] for name, x in params.items()}
