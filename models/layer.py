@@ -194,6 +194,8 @@ class Layer(nn.Module):
         for name in ("mixer", "ffn"):
             connection = config.residual.connect(ctx, name, config.shortcut.build(ctx))
             placement = norm.build(config.d_model, connection.num_views)
+            if config.residual.one_norm and name == "ffn":
+                placement.share_before(self.mixer.placement)
             setattr(self, name, Sublayer(connection, placement, branches[name], config.scaling.build(ctx)))
         self.mixer: Sublayer[MixerBranch]
         self.ffn: Sublayer[FFNBranch]

@@ -159,6 +159,9 @@ class Placement(nn.Module):
     def after(self, out_BTD: Tensor) -> Tensor:
         return out_BTD
 
+    def share_before(self, other: "Placement") -> None:
+        """Take the norms in front from `other`, the placement around another branch with the same input."""
+
 
 class DepthControl(nn.Module):
     """One layer's gate. `forward` returns (gate [B, T] or None, Result-like writes, losses and stats).
@@ -223,10 +226,12 @@ class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
 
     takes_shortcut: there is one identity path, which the shortcut's module can act on. starts_plain: with its initial
     parameters the model computes what it does with the plain residual, but for the scale of what the last norm reads.
+    one_norm: a layer's branches read the same input, through one norm.
     """
 
     takes_shortcut: ClassVar[bool] = True
     starts_plain: ClassVar[bool] = False
+    one_norm: ClassVar[bool] = False
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         raise NotImplementedError

@@ -32,3 +32,7 @@ class Pre(Placement):
         if len(self.norms) == 1:
             return views.map(self.norms[0])
         return Views(*(norm(view) for norm, view in zip(self.norms, views, strict=True)))
+
+    def share_before(self, other: Placement) -> None:
+        assert isinstance(other, Pre)
+        self.norms = other.norms
