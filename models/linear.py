@@ -49,10 +49,11 @@ class TimeStepBias:
 class LinearMixer(Mixer):
     """A subclass defines `mix`, and calls `declare_convs` if it has convolutions.
 
-    conv_size: tokens that a convolution sees. The cache's entry "state" starts anew with a document.
+    conv_size: tokens that a convolution sees. states: the cache's entries that start anew with a document.
     """
 
     conv_size = 0
+    states: tuple[str, ...] = ("state",)
 
     def declare_convs(self, widths: Mapping[str, tuple[Axis, int]], size: int, bias: bool = False) -> None:
         """A convolution over each of these heads, by their axis and width."""
@@ -103,7 +104,8 @@ class LinearMixer(Mixer):
         before: Cache = {}
         if past and documents_BS is not None and documents_BT is not None:
             goes_on_B = (documents_BT[:, 0] == documents_BS[:, width - 2]) | (documents_BT[:, 0] < 0)
-            before = {"state": past["state"] * goes_on_B.view(-1, *(1,) * (past["state"].dim() - 1))}
+            for name in self.states:
+                before[name] = past[name] * goes_on_B.view(-1, *(1,) * (past[name].dim() - 1))
         rule = recurrent if side.positions_BT.shape[1] == 1 else chunked
         out_BTHV, after = self.mix(x, weights, before, functools.partial(rule, documents_BT=documents_BT), side)
         if cache is None or documents_BS is None or real_B is None:

@@ -59,6 +59,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "retention": ({"output_gate": False, "expand_v": 1.0}, {"num_heads": 8}),
     "linear_attention": ({"feature_map": "relu"}, {"normalize": False, "num_heads": 2}),
     "based": ({"num_heads": 2, "feature_dim": 3},),
+    "gsa": ({"num_kv_heads": 1, "expand_v": 2.0}, {"num_heads": 2, "num_kv_heads": None, "num_slots": 5}),
     "hgrn2": ({"conv_size": 3}, {"num_heads": 2, "lower_bounds": False}),
     "rg_lru": ({"num_heads": 2, "expand": 1.5, "conv_size": 2},),
     "swiglu": ({"hidden": 8},),

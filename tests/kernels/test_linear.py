@@ -10,11 +10,12 @@ from models.kernels.linear.inverse import unit_inverse
 from models.kernels.linear.recurrent import recurrent
 
 NAMES = ("q", "k", "v", "g", "beta", "state")
-# Which of decay (per head, per channel, none) and write strengths a rule has.
+# Which decay (per head, per key or value channel, none) a rule has, and whether write strengths.
 RULES = {
     "linear attention": ("none", False),
     "retention": ("head", False),
     "gated linear attention": ("channel", False),
+    "gated slots": ("value", False),
     "delta rule": ("none", True),
     "gated delta rule": ("head", True),
     "kimi delta rule": ("channel", True),
@@ -40,12 +41,13 @@ def operands(
         "q": normal(batch, length, heads, key),
         "k": F.normalize(normal(batch, length, heads, key), dim=-1),
         "v": normal(batch, length, values, value),
-        "g": -strength * uniform(batch, length, values, *[key] * (decay == "channel")),
+        "g": -strength * uniform(batch, length, values, *{"channel": [key], "value": [value]}.get(decay, [])),
         "beta": 2 * uniform(batch, length, values),
         "state": normal(batch, values, key, value),
     }
     there = {"g": decay != "none", "beta": delta}
-    return {name: value for name, value in x.items() if there.get(name, True)}
+    x = {name: value for name, value in x.items() if there.get(name, True)}
+    return {"value_g" if name == "g" and decay == "value" else name: value for name, value in x.items()}
 
 
 def documents(length: int) -> Tensor:
@@ -58,7 +60,8 @@ def documents(length: int) -> Tensor:
 
 def apply(rule, x: dict[str, Tensor], documents_BT: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
     five = [x.get(name) for name in NAMES[:5]]
-    return rule(*five, scale=0.7, documents_BT=documents_BT, state_BJKV=x.get("state"), **options)
+    options |= {"value_g_BTJV": x.get("value_g"), "state_BJKV": x.get("state")}
+    return rule(*five, scale=0.7, documents_BT=documents_BT, **options)
 
 
 def results(rule, x: dict[str, Tensor], documents_BT: Tensor | None, **options) -> list[Tensor]:
@@ -102,6 +105,7 @@ def test_recurrent_is_the_equation(kind: str) -> None:
             for t in range(6):
                 k, v = x["k"][b, t, j // 2], x["v"][b, t, j]
                 kept = torch.diag(x["g"][b, t, j].exp().expand(5)) @ state if "g" in x else state
+                kept = kept @ torch.diag(x["value_g"][b, t, j].exp()) if "value_g" in x else kept
                 if "beta" in x:
                     beta = x["beta"][b, t, j]
                     kept, v = (eye - beta * torch.outer(k, k)) @ kept, beta * v
@@ -127,11 +131,11 @@ def test_documents_are_as_if_alone_and_padding_leaves_the_state(rule, kind: str)
     torch.testing.assert_close(state, alone, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["gated linear attention", "gated delta rule", "kimi delta rule"])
+@pytest.mark.parametrize("kind", ["gated linear attention", "gated slots", "gated delta rule", "kimi delta rule"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_stays_finite_under_the_strongest_gates(dtype: torch.dtype, kind: str) -> None:
     x = {name: value.to(dtype) for name, value in operands(130, 50.0, kind=kind).items()}
-    x["g"][:, ::7] = 0
+    x["value_g" if "value_g" in x else "g"][:, ::7] = 0
     x = {name: value.requires_grad_() for name, value in x.items()}
     out, state = apply(chunked, x, documents(130))
     assert out.dtype == dtype and state.dtype == torch.float32

@@ -14,6 +14,7 @@ from models.linear import LinearMixer
 from models.mixers.based import BasedConfig
 from models.mixers.delta_net import DeltaNetConfig
 from models.mixers.gla import GLAConfig
+from models.mixers.gsa import GSAConfig
 from models.mixers.kda import KDAConfig
 from models.mixers.linear_attention import LinearAttentionConfig
 from models.mixers.retention import RetentionConfig
@@ -109,6 +110,26 @@ def test_delta_net(negative: bool, gate: bool) -> None:
     out = F.rms_norm(torch.stack(outs, 1), v.shape[-1:], weights["norm.weight"], 1e-6).flatten(-2)
     out = out * F.silu(F.linear(x, weights["gate.weight"])) if gate else out
     torch.testing.assert_close(run(mixer, x, side_of(2, 9))[0], F.linear(out, weights["o.weight"]))
+
+
+def test_gated_slot_attention() -> None:
+    """Slot by slot: each is a weighted sum of keys, and of values, that a query chooses among."""
+    mixer, weights = build(GSAConfig(num_heads=4, num_kv_heads=2, num_slots=3, expand_v=2.0))
+    x = stream(2, 9)
+    q, k, v, f = (
+        heads(x, weights, name, count) for name, count in zip(("q", "k", "v", "forget"), (4, 2, 2, 2), strict=True)
+    )
+    keep = F.logsigmoid(f).div(8).exp()
+    slot_keys, slot_values = torch.zeros(2, 2, 3, 3).double(), torch.zeros(2, 2, 3, 6).double()
+    outs = []
+    for t in range(9):
+        kept, written = keep[:, :, t, :, None], 1 - keep[:, :, t, :, None]
+        slot_keys = kept * slot_keys + written * F.silu(k[:, :, t, None])
+        slot_values = kept * slot_values + written * F.silu(v[:, :, t, None])
+        score = torch.einsum("bhk,bhmk->bhm", F.silu(q[:, :, t]), slot_keys.repeat_interleave(2, 1))
+        outs.append(torch.einsum("bhm,bhmv->bhv", score.softmax(-1), slot_values.repeat_interleave(2, 1)).flatten(1))
+    out = F.rms_norm(F.silu(torch.stack(outs, 1)), (24,), weights["o.weight"].flatten(), 1e-6)
+    torch.testing.assert_close(run(mixer, x, side_of(2, 9))[0], F.linear(out, weights["o.output.weight"]))
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.linear.decay import ChannelDecay, HeadDecay
+from models.kernels.linear.decay import ChannelDecay, HeadDecay, ValueDecay
 from models.kernels.linear.inverse import unit_inverse
 from models.kernels.linear.operands import prepare
 
@@ -25,6 +25,7 @@ def chunked(
     beta_BTJ: Tensor | None = None,
     *,
     scale: float,
+    value_g_BTJV: Tensor | None = None,
     documents_BT: Tensor | None = None,
     state_BJKV: Tensor | None = None,
     chunk: int | None = None,
@@ -36,8 +37,11 @@ def chunked(
     (U | W) = (I + M)^-1 diag(beta) (V | d K), where M = tril(beta K K^T D, -1).
     """
     length = q_BTHK.shape[1]
-    operands = prepare(q_BTHK, k_BTHK, v_BTJV, g, beta_BTJ, scale, documents_BT, state_BJKV)
-    kind = HeadDecay if operands.g.shape[-1] == 1 else ChannelDecay
+    operands = prepare(q_BTHK, k_BTHK, v_BTJV, g, beta_BTJ, scale, value_g_BTJV, documents_BT, state_BJKV)
+    if value_g_BTJV is not None:
+        kind = ValueDecay
+    else:
+        kind = HeadDecay if operands.g.shape[-1] == 1 else ChannelDecay
     heads, size = k_BTHK.shape[2], min(chunk or kind.chunk, length)
     missing = -length % size
     q, k, v, g = (cut(pad(x, missing), size, heads) for x in operands[:4])
@@ -54,14 +58,17 @@ def chunked(
     if beta is not None:
         inverse = unit_inverse((beta * decay.pairs(k, k)).tril(-1))
         u, w = inverse @ (beta * v), inverse @ (beta * decay.into * k)
-    k_out = decay.out_of * k
+    k_out, u_out = decay.leaving(k, u)
     state = operands.state_BJKV.unflatten(1, (heads, -1))
-    states, written = [], []
+    states, corrected = [], []
     for n in range(u.shape[1]):
         states.append(state)
-        written.append(u[:, n] if w is None else u[:, n] - w[:, n] @ state)
-        state = decay.through[:, n] * state + k_out[:, n].mT @ written[n]
-    out = (decay.into * q) @ torch.stack(states, 1) + decay.pairs(q, k) @ torch.stack(written, 1)
+        left = u_out[:, n]
+        if w is not None:
+            left = left - w[:, n] @ state
+            corrected.append(left)
+        state = decay.through[:, n] * state + k_out[:, n].mT @ left
+    out = decay.read(q, torch.stack(states, 1)) + decay.mix(q, k, torch.stack(corrected, 1) if corrected else u)
     out_BTJV = out.flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :length]
     return out_BTJV.to(v_BTJV.dtype), state.flatten(1, 2)
 

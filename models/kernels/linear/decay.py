@@ -1,12 +1,14 @@
-"""Decays between the tokens of a chunk, per head or per key channel.
+"""Decays between the tokens of a chunk: per head, per key channel or per value channel.
 
 Log decays between two tokens are sums of g between them, one column per earlier token. Differences of one running sum
 would cancel behind strong gates (an error of 1e-4 in float32 at -50), and are positive above the diagonal: exp reaches
 inf, whose gradient is nan.
 
-Shape suffixes: C chunk, K key width; `...` stands for batch, chunks, key heads and value heads of a key head.
+Shape suffixes: C chunk, K key width, V value width; `...` stands for batch, chunks, key heads and value heads of a key
+head.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,12 +19,24 @@ from models.kernels.blocks import row_blocks
 
 
 class Decay:
-    """into: from the chunk's start to a token. out_of: from a token to the chunk's end. through: the whole chunk. They
-    broadcast over [..., C, K], [..., C, K] and [..., K, V]."""
+    """into: from the chunk's start to a token. out_of: from a token to the chunk's end. through: the whole chunk, which
+    broadcasts over the state [..., K, V]. The other two broadcast over keys [..., C, K]."""
 
     into: Tensor
     out_of: Tensor
     through: Tensor
+
+    def read(self, q: Tensor, state: Tensor) -> Tensor:
+        """[..., C, V]: what queries find of the state before the chunk."""
+        return (self.into * q) @ state
+
+    def mix(self, q: Tensor, k: Tensor, u: Tensor) -> Tensor:
+        """[..., C, V]: what queries find of the chunk's own writes u [..., C, V]."""
+        return self.pairs(q, k) @ u
+
+    def leaving(self, k: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and writes whose products the chunk adds to the state."""
+        return self.out_of * k, u
 
     def pairs(self, x: Tensor, y: Tensor) -> Tensor:
         """[..., C, C]: sum over K of x_i y_j and the decay from j to i, zero unless i is j or later in its document."""
@@ -62,8 +76,31 @@ class ChannelDecay(Decay):
     def pairs(self, x: Tensor, y: Tensor) -> Tensor:
         shape = self._g.shape
         seen = self._seen.expand(*shape[:-2], shape[-2], shape[-2])
-        flat = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (x.expand(shape), y.expand(shape), self._g, seen))
-        return _Pairs.apply(*flat).view(seen.shape)
+        return _Pairs.apply(*matrices(x.expand(shape), y.expand(shape), self._g, seen)).view(seen.shape)
+
+
+class ValueDecay(ChannelDecay):
+    """g [..., C, V]: the same on the other side of the state, for plain writes. `into` and `out_of` broadcast over
+    values."""
+
+    def __init__(self, g: Tensor, seen: Tensor, enters: Tensor, passes: Tensor) -> None:
+        super().__init__(g, seen, enters, passes)
+        self.through = self.through.mT
+
+    def read(self, q: Tensor, state: Tensor) -> Tensor:
+        return self.into * (q @ state)
+
+    def mix(self, q: Tensor, k: Tensor, u: Tensor) -> Tensor:
+        seen = self._seen.expand(*u.shape[:-2], u.shape[-2], u.shape[-2])
+        return _Mix.apply(*matrices((q @ k.mT).expand(seen.shape), u, self._g, seen)).view(u.shape)
+
+    def leaving(self, k: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return k, self.out_of * u
+
+
+def matrices(*tensors: Tensor) -> Iterator[Tensor]:
+    """With all but the last two dimensions as one."""
+    return (x.reshape(-1, *x.shape[-2:]) for x in tensors)
 
 
 def between(g: Tensor) -> Tensor:
@@ -81,8 +118,7 @@ class _Pairs(torch.autograd.Function):
     def forward(ctx: Any, x_NCK: Tensor, y_NCK: Tensor, g_NCK: Tensor, seen_NCC: Tensor) -> Tensor:
         ctx.save_for_backward(x_NCK, y_NCK, g_NCK, seen_NCC)
         out_NCC = x_NCK.new_empty(seen_NCC.shape)
-        for block in blocks_of(g_NCK):
-            decay = between(g_NCK[block]).exp().where(seen_NCC[block][..., None], 0)
+        for block, decay in decays(g_NCK, seen_NCC):
             out_NCC[block] = torch.einsum("nik,njk,nijk->nij", x_NCK[block], y_NCK[block], decay)
         return out_NCC
 
@@ -91,20 +127,51 @@ class _Pairs(torch.autograd.Function):
     def backward(ctx: Any, grad_NCC: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_NCK, y_NCK, g_NCK, seen_NCC = ctx.saved_tensors
         dx_NCK, dy_NCK, dg_NCK = torch.empty_like(x_NCK), torch.empty_like(y_NCK), torch.empty_like(g_NCK)
-        index = torch.arange(g_NCK.shape[1], device=g_NCK.device)
-        later = (index[:, None] > index)[..., None]
-        for block in blocks_of(g_NCK):
+        for block, decay in decays(g_NCK, seen_NCC):
             x, y = x_NCK[block][:, :, None], y_NCK[block][:, None]
-            part = between(g_NCK[block]).exp().where(seen_NCC[block][..., None], 0) * grad_NCC[block][..., None]
+            part = decay * grad_NCC[block][..., None]
             toward = part * x
             dy_NCK[block] = toward.sum(1)
             dx_NCK[block] = (part * y).sum(2)
-            # g_l is in the decay of every pair with j < l <= i.
-            dg_NCK[block] = (toward * y).flip(1).cumsum(1).flip(1).where(later, 0).sum(2)
+            dg_NCK[block] = toward_gates(toward * y)
         return dx_NCK, dy_NCK, dg_NCK, None
 
 
-def blocks_of(g_NCK: Tensor) -> Any:
-    """Slices of N that keep C x C x K numbers each in the cache."""
+class _Mix(torch.autograd.Function):
+    """out_im = sum over j of a_ij y_jm and the decay of channel m from j to i. Its gradient for a is `_Pairs` of its
+    output's gradient and y."""
+
+    @staticmethod
+    def forward(ctx: Any, a_NCC: Tensor, y_NCV: Tensor, g_NCV: Tensor, seen_NCC: Tensor) -> Tensor:
+        ctx.save_for_backward(a_NCC, y_NCV, g_NCV, seen_NCC)
+        out_NCV = torch.empty_like(y_NCV)
+        for block, decay in decays(g_NCV, seen_NCC):
+            out_NCV[block] = torch.einsum("nij,njv,nijv->niv", a_NCC[block], y_NCV[block], decay)
+        return out_NCV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NCV: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        a_NCC, y_NCV, g_NCV, seen_NCC = ctx.saved_tensors
+        da_NCC, dy_NCV, dg_NCV = torch.empty_like(a_NCC), torch.empty_like(y_NCV), torch.empty_like(g_NCV)
+        for block, decay in decays(g_NCV, seen_NCC):
+            part = decay * grad_NCV[block][:, :, None]
+            product = part * y_NCV[block][:, None]
+            da_NCC[block] = product.sum(3)
+            dy_NCV[block] = torch.einsum("nij,nijv->njv", a_NCC[block], part)
+            dg_NCV[block] = toward_gates(product * a_NCC[block][..., None])
+        return da_NCC, dy_NCV, dg_NCV, None
+
+
+def decays(g_NCK: Tensor, seen_NCC: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A block of N, and its decays from token j to token i [..., C, C, K]: C x C x K numbers each stay in the cache."""
     rows, length, width = g_NCK.shape
-    return row_blocks(g_NCK[..., :1].expand(rows, length, length * width))
+    for block in row_blocks(g_NCK[..., :1].expand(rows, length, length * width)):
+        yield block, between(g_NCK[block]).exp().where(seen_NCC[block][..., None], 0)
+
+
+def toward_gates(part_NCCK: Tensor) -> Tensor:
+    """[N, C, K]: g_l is in the decay of every pair with j < l <= i."""
+    index = torch.arange(part_NCCK.shape[1], device=part_NCCK.device)
+    later = (index[:, None] > index)[..., None]
+    return part_NCCK.flip(1).cumsum(1).flip(1).where(later, 0).sum(2)

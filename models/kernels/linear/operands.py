@@ -15,8 +15,9 @@ from models.params import upcast
 class Operands(NamedTuple):
     """Everything at least float32. Padding neither decays nor writes.
 
-    g: log decay per value head [B, T, J, 1] or per key channel [B, T, J, K]. beta: [B, T, J, 1], or None without
-    corrections. segments: 0, 1, ... along a row, one number per document; padding continues the one before it.
+    g: log decay per value head [B, T, J, 1], per key channel [B, T, J, K] or per value channel [B, T, J, V]. beta:
+    [B, T, J, 1], or None without corrections. segments: 0, 1, ... along a row, one number per document; padding
+    continues the one before it.
     """
 
     q_BTHK: Tensor
@@ -35,9 +36,13 @@ def prepare(
     g: Tensor | None,
     beta_BTJ: Tensor | None,
     scale: float,
+    value_g_BTJV: Tensor | None,
     documents_BT: Tensor | None,
     state_BJKV: Tensor | None,
 ) -> Operands:
+    if value_g_BTJV is not None:
+        assert g is None and beta_BTJ is None, "decays of value channels go with plain writes alone"
+        g = value_g_BTJV
     q, k, v = upcast(q_BTHK), upcast(k_BTHK), upcast(v_BTJV)
     beta = None if beta_BTJ is None else upcast(beta_BTJ)[..., None]
     g = v.new_zeros(*v.shape[:3], 1) if g is None else upcast(g if g.dim() == 4 else g[..., None])
