@@ -23,11 +23,13 @@ class NormedOutput(nn.Module):
         self.elements, self.eps, self.output = heads * width, eps, output
         declare(self, "weight", (heads, width), Constant(1.0), (Axis("heads", heads), None), decay=False)
 
-    def forward(self, out_BTHV: Tensor) -> Tensor:
+    def forward(self, out_BTHV: Tensor, gate_BTHV: Tensor | None = None) -> Tensor:
+        """gate: what the norm's output is multiplied by before the product."""
         squares_BT = upcast(out_BTHV).square().sum((-2, -1))
         high_BT = squares_BT.to(out_BTHV.dtype)
         low_BT = (squares_BT - high_BT).to(out_BTHV.dtype)
-        product_BTD = self.output((out_BTHV * self.weight).flatten(-2))
+        weight = self.weight if gate_BTHV is None else self.weight * gate_BTHV
+        product_BTD = self.output((out_BTHV * weight).flatten(-2))
         return torch.cat([product_BTD, high_BT[..., None], low_BT[..., None]], -1)
 
     def divide(self, sums_BTE: Tensor) -> Tensor:

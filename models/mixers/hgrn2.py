@@ -1,13 +1,12 @@
 """HGRN2: a recurrence of matrices whose keys are what its gates forget.
 
-Shape suffixes: B batch, T sequence, D model width, H heads, K key and V value width, L layers of the kind.
+Shape suffixes: B batch, T sequence, D model width, H heads, K key and V value width.
 """
 
 import dataclasses
 from types import MappingProxyType
 from typing import Self, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +14,8 @@ from models.context import LayerContext
 from models.head_norm import NormedOutput
 from models.limits import at_least
 from models.linear import LinearMixer, Rule, key_gated, rule_flops, whole
-from models.params import Axis, Constant, Linear, declare, upcast
+from models.lower_bounds import forgetting, share_bounds
+from models.params import Axis, Linear
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
 
@@ -59,22 +59,6 @@ class HGRN2Config(MixerConfig, kind="hgrn2"):
         return conv + rule_flops(self.expand_ratio, value, heads, heads, sequence, per_channel=True)
 
 
-class LowerBounds(nn.Module):
-    """The bounds of all layers of a shape: layer l's is the sum of softmax over layers, up to l and without the
-    first."""
-
-    table: nn.Parameter
-
-    def __init__(self, layers: int, heads: int, key: int) -> None:
-        super().__init__()
-        axes = (None, Axis("heads", heads), None)
-        declare(self, "table", (layers, heads, key), Constant(0.0), axes, decay=False, role="gate")
-
-    def forward(self, index: int) -> Tensor:
-        """[H, K] of the layer that is the index-th of them."""
-        return upcast(self.table).softmax(0)[1 : index + 1].sum(0)
-
-
 class HGRN2(LinearMixer):
     def __init__(self, config: HGRN2Config, ctx: LayerContext) -> None:
         super().__init__()
@@ -87,9 +71,7 @@ class HGRN2(LinearMixer):
         self.o = NormedOutput(heads, self.value, output, ctx.norm_eps)
         self.bounds: nn.Module | None = None
         if config.lower_bounds:
-            alike = [i for i, layer in enumerate(ctx.layers) if layer.mixer == ctx.layers[ctx.index].mixer]
-            self.nth = alike.index(ctx.index)
-            self.bounds = ctx.share(f"bounds of {config}", lambda: LowerBounds(len(alike), heads, self.key))
+            self.bounds, self.nth = share_bounds(ctx, heads, self.key)
         if config.conv_size is not None:
             widths = {"q": (axis, self.key), "forget": (axis, self.key), "v": (axis, self.value)}
             self.declare_convs(widths, config.conv_size)
@@ -122,14 +104,3 @@ class HGRN2(LinearMixer):
 
     def finish(self, sum_BTD: Tensor) -> Tensor:
         return self.o.divide(sum_BTD)
-
-
-def forgetting(gate_BTHK: Tensor, bound_HK: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(key 1 - a, log decay log a) with a = bound + (1 - bound) sigmoid(gate), at least float32."""
-    gate = upcast(gate_BTHK)
-    if bound_HK is None:
-        return (-gate).sigmoid(), F.logsigmoid(gate)
-    bound = upcast(bound_HK)
-    least = torch.finfo(bound.dtype).tiny  # whose logarithm adds nothing, where that of 0 has no gradient
-    log_decay = torch.logaddexp(F.logsigmoid(gate) + torch.log1p(-bound), bound.clamp_min(least).log())
-    return (1 - bound) * (-gate).sigmoid(), log_decay

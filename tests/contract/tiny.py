@@ -60,6 +60,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "linear_attention": ({"feature_map": "relu"}, {"normalize": False, "num_heads": 2}),
     "based": ({"num_heads": 2, "feature_dim": 3},),
     "gsa": ({"num_kv_heads": 1, "expand_v": 2.0}, {"num_heads": 2, "num_kv_heads": None, "num_slots": 5}),
+    "hgrn": ({"conv_size": 3, "expand": 1.5}, {"num_heads": None, "lower_bounds": False}),
     "hgrn2": ({"conv_size": 3}, {"num_heads": 2, "lower_bounds": False}),
     "rg_lru": ({"num_heads": 2, "expand": 1.5, "conv_size": 2},),
     "swiglu": ({"hidden": 8},),

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.linear.chunked import chunked
-from models.mixers.hgrn2 import forgetting
+from models.lower_bounds import forgetting
 
 
 def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> dict[str, Tensor]:

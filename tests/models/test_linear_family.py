@@ -15,6 +15,7 @@ from models.mixers.based import BasedConfig
 from models.mixers.delta_net import DeltaNetConfig
 from models.mixers.gla import GLAConfig
 from models.mixers.gsa import GSAConfig
+from models.mixers.hgrn import HGRNConfig
 from models.mixers.kda import KDAConfig
 from models.mixers.linear_attention import LinearAttentionConfig
 from models.mixers.retention import RetentionConfig
@@ -129,6 +130,31 @@ def test_gated_slot_attention() -> None:
         score = torch.einsum("bhk,bhmk->bhm", F.silu(q[:, :, t]), slot_keys.repeat_interleave(2, 1))
         outs.append(torch.einsum("bhm,bhmv->bhv", score.softmax(-1), slot_values.repeat_interleave(2, 1)).flatten(1))
     out = F.rms_norm(F.silu(torch.stack(outs, 1)), (24,), weights["o.weight"].flatten(), 1e-6)
+    torch.testing.assert_close(run(mixer, x, side_of(2, 9))[0], F.linear(out, weights["o.output.weight"]))
+
+
+@pytest.mark.parametrize("conv", [None, 3])
+def test_hgrn(conv: int | None) -> None:
+    """The third of four layers: its gates stay above the second and third shares of the softmax over layers."""
+    config = HGRNConfig(num_heads=4, expand=2.0, conv_size=conv)
+    context = LayerContext(WIDTH, 2, (LayerConfig(config, SwiGLUConfig(1)),) * 4, norm_eps=1e-6)
+    mixer, x = config.build(context).double(), stream(2, 9)
+    randomize(mixer, 0.5)
+    weights = dict(mixer.named_parameters())
+    value, forget, gate = (F.linear(x, weights[f"{name}.weight"]) for name in ("v", "forget", "gate"))
+    if conv:
+        kernels = {name: weights[f"conv_{name}"].flatten(0, 1)[:, None] for name in ("v", "forget")}
+        value, forget = (
+            F.conv1d(F.pad(y.mT, (conv - 1, 0)), kernels[name], groups=24).mT
+            for name, y in (("v", value), ("forget", forget))
+        )
+    share = weights["bounds.table"].flatten(1).softmax(0)
+    keep = share[1] + share[2] + (share[0] + share[3]) * forget.sigmoid()
+    state, outs = torch.zeros(2, 24, dtype=torch.float64), []
+    for t in range(9):
+        state = keep[:, t] * state + (1 - keep[:, t]) * F.silu(value[:, t])
+        outs.append(state)
+    out = F.rms_norm(torch.stack(outs, 1), (24,), weights["o.weight"].flatten(), 1e-6) * F.silu(gate)
     torch.testing.assert_close(run(mixer, x, side_of(2, 9))[0], F.linear(out, weights["o.output.weight"]))
 
 
