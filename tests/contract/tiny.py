@@ -63,6 +63,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "hgrn": ({"conv_size": 3, "expand": 1.5}, {"num_heads": None, "lower_bounds": False}),
     "hgrn2": ({"conv_size": 3}, {"num_heads": 2, "lower_bounds": False}),
     "rg_lru": ({"num_heads": 2, "expand": 1.5, "conv_size": 2},),
+    "lru": ({"num_states": 24, "num_heads": 8}, {"num_heads": None, "r_min": 0.0, "max_phase": 0.3}),
     "swiglu": ({"hidden": 8},),
     "moe": (
         {"score": "sigmoid", "scale": 2.5, "stats_group": "microbatch", "shared_gate": True},

@@ -1,10 +1,14 @@
 """The recurrence of vectors against a loop: values, last states and gradients, at awkward lengths."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from models.kernels.diagonal import scan
+from models.kernels.diagonal import scan, scan_pairs
+
+Rule = Callable[[Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
 
 
 def loop(a: Tensor, x: Tensor, documents: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,21 +24,31 @@ def loop(a: Tensor, x: Tensor, documents: Tensor | None, state: Tensor) -> tuple
     return torch.stack(rows), torch.stack([row[-1] for row in rows])
 
 
+def complex_loop(a: Tensor, x: Tensor, documents: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    a, x, state = (torch.view_as_complex(y) for y in (a, x, state))
+    h, last = loop(a, x, documents, state)
+    return torch.view_as_real(h), torch.view_as_real(last)
+
+
+@pytest.mark.parametrize("rules", [(scan, loop), (scan_pairs, complex_loop)], ids=["real", "complex"])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
-def test_equals_a_loop(length: int, packed: bool) -> None:
+def test_equals_a_loop(length: int, packed: bool, rules: tuple[Rule, Rule]) -> None:
     generator = torch.Generator().manual_seed(length)
     shape = (2, length, 3, 2)
-    a = torch.rand(shape, generator=generator, dtype=torch.float64).pow(0.1).requires_grad_()
+    a = torch.rand(shape, generator=generator, dtype=torch.float64).pow(0.1)
+    if scan_pairs in rules:
+        radius, angle = a.unbind(-1)
+        a = torch.stack([radius * angle.mul(9).cos(), radius * angle.mul(9).sin()], -1)
     x, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     state, last_grad = (torch.randn(2, 3, 2, generator=generator, dtype=torch.float64) for _ in range(2))
-    leaves = (a, x.requires_grad_(), state.requires_grad_())
+    leaves = (a.requires_grad_(), x.requires_grad_(), state.requires_grad_())
     documents = None
     if packed:
         documents = torch.stack([torch.arange(length) // 5, torch.arange(length) * 2 // length])
         documents[1, max(length - 4, 1) :] = -1
     results = []
-    for rule in (scan, loop):
+    for rule in rules:
         h, last = rule(a, x, documents, state)
         results.append((h, last, *torch.autograd.grad((h * grad).sum() + (last * last_grad).sum(), leaves)))
     for ours, reference in zip(*results, strict=True):
