@@ -98,5 +98,6 @@ class LMConfig:
             norm.eps,
             self.residual.output_gain(),
             self.vocab_size,
+            not self.values.changes,
             {} if pool is None else pool,
         )

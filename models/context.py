@@ -18,7 +18,7 @@ Module = TypeVar("Module", bound=nn.Module)
 class LayerContext:
     """What a plug-in may know about its place: all layers' configs, its own index, the model's width and vocabulary.
 
-    pool: the modules that layers share, by key; see `share`.
+    own_values: a mixer mixes the values that it projected. pool: the modules that layers share, by key; see `share`.
     """
 
     d_model: int
@@ -27,6 +27,7 @@ class LayerContext:
     norm_eps: float
     output_gain: float = 1.0
     vocab_size: int = 0
+    own_values: bool = True
     pool: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -273,10 +273,12 @@ class Closer(nn.Module):
 class ValuesConfig(Plugin, slot="values", folder="models.values"):
     """What is done to value vectors across layers.
 
-    crosses_layers: values of one layer reach others, whose heads and widths must then be equal.
+    crosses_layers: values of one layer reach others, whose heads and widths must then be equal. changes: what a mixer
+    mixes are not the values that it projected, and it cannot make them again from what it projected them from.
     """
 
     crosses_layers: ClassVar[bool] = False
+    changes: ClassVar[bool] = True
 
     def build(self, ctx: LayerContext, value_shape: tuple[int, int]) -> Values:
         raise NotImplementedError

@@ -24,6 +24,7 @@ class NeutrenoValues(ValuesConfig, kind="neutreno"):
     strength: float = 0.4
 
     crosses_layers = True
+    changes = False
 
     def build(self, ctx: LayerContext, value_shape: tuple[int, int]) -> Values:
         return FirstValue(value_shape) if ctx.index == 0 else Restored(self.strength)

@@ -10,5 +10,7 @@ from models.slots import Values, ValuesConfig
 class OwnValues(ValuesConfig, kind="own"):
     """No exchange of values between layers."""
 
+    changes = False
+
     def build(self, ctx: LayerContext, value_shape: tuple[int, int]) -> Values:
         return Values()

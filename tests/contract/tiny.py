@@ -40,6 +40,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"num_kv_heads": 1, "rope": "none"},
         {"num_heads": 4, "num_kv_heads": None, "qk_norm": True, "qkv_bias": True},
     ),
+    "mla": (
+        {"query_latent_dim": 5, "rope": "half", "value_dim": 3},
+        {"rope": "none", "shared_dim": 3, "num_heads": 8},
+    ),
     "gated_deltanet": (
         {"allow_neg_eigval": True, "output_gate": False},
         {"num_heads": 4, "conv_size": 2},
