@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from models.config import LMConfig
-from models.slots import FFN, Cache, Connection, DepthControl, Mixer, Placement, Values
+from models.slots import FFN, Beside, Cache, Connection, DepthControl, Mixer, Placement, Values
 from models.state import ALL_VALUES, KEY_GATE, Entry, Layout, OwnTokens, Result, Side, State, Valued, Views
 
 Core = Callable[[dict[str, Tensor], dict[str, Tensor], Side, Cache | None], tuple[Tensor, Cache | None]]
@@ -100,12 +100,15 @@ Branch = TypeVar("Branch", bound=MixerBranch | FFNBranch)
 class Sublayer(nn.Module, Generic[Branch]):
     """read -> norm -> branch -> norm -> write. `boundary` is where tensor parallelism takes hold."""
 
-    def __init__(self, connection: Connection, placement: Placement, branch: Branch, scaling: nn.Module) -> None:
+    def __init__(
+        self, connection: Connection, placement: Placement, branch: Branch, scaling: nn.Module, beside: Beside
+    ) -> None:
         super().__init__()
         self.connection, self.placement, self.branch, self.scaling = connection, placement, branch, scaling
+        self.beside = beside
         self.boundary = Boundary()
-        self.reads = (*connection.reads, *branch.reads)
-        self.writes = (*connection.writes, *branch.writes)
+        self.reads = (*connection.reads, *branch.reads, *beside.reads)
+        self.writes = (*connection.writes, *branch.writes, *beside.writes)
         names = [entry.name for entry in self.writes]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two parts of a sublayer write the state entry {twice[0]!r}; rename one")
@@ -118,6 +121,7 @@ class Sublayer(nn.Module, Generic[Branch]):
         if gate_BT is not None and key_gate:
             inputs[KEY_GATE] = gate_BT
         views = self.placement.before(views)
+        view_BTD = views.q_BTD
         own = self.branch.own_tokens(views, inputs, local)
         views, inputs = self.boundary.enter(views, {**inputs, **own.made}, dict(own.made_by_head))
         result = self.branch(views, inputs, self.boundary.side(local), side, cache)
@@ -126,12 +130,15 @@ class Sublayer(nn.Module, Generic[Branch]):
         out_BTD = self.scaling(self.placement.after(out_BTD))
         if gate_BT is not None:
             out_BTD = out_BTD * gate_BT[..., None].to(out_BTD.dtype)
+        peek_BTD = self.connection.peek(state) if self.beside.peeks else None
+        earlier = {name: state[name] for name in self.beside.reads}
+        out_BTD, kept_beside = self.beside(peek_BTD, view_BTD, out_BTD, earlier)
         result = result._replace(
             writes={**own.writes, **result.writes},
             losses={**own.losses, **result.losses},
             stats={**own.stats, **result.stats},
         )
-        return {**self.connection.write(state, kept, out_BTD), **result.writes}, result
+        return {**self.connection.write(state, kept, out_BTD), **result.writes, **kept_beside}, result
 
     def check_written(self, own: OwnTokens, result: Result) -> None:
         """Raise ValueError unless the branch wrote what it declares, where tokens and heads lie as it declares."""
@@ -192,11 +199,13 @@ class Layer(nn.Module):
             "ffn": FFNBranch(own.ffn.build(ctx)),
         }
         for name in ("mixer", "ffn"):
-            connection = config.residual.connect(ctx, name, config.shortcut.build(ctx))
+            path = config.shortcut.build(ctx)
+            connection = config.residual.connect(ctx, name, path)
             placement = norm.build(config.d_model, connection.num_views)
             if config.residual.one_norm and name == "ffn":
                 placement.share_before(self.mixer.placement)
-            setattr(self, name, Sublayer(connection, placement, branches[name], config.scaling.build(ctx)))
+            beside = config.shortcut.beside(ctx, name, path)
+            setattr(self, name, Sublayer(connection, placement, branches[name], config.scaling.build(ctx), beside))
         self.mixer: Sublayer[MixerBranch]
         self.ffn: Sublayer[FFNBranch]
         self.key_gate = config.depth.gates_keys and own.mixer.key_gate

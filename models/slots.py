@@ -299,13 +299,34 @@ class NormConfig(Plugin, slot="norm", folder="models.norms"):
         return RMSNorm(d_model, self.eps)
 
 
+class Beside(nn.Module):
+    """What a shortcut does to what a sublayer adds to the identity path. Token-wise, after norm, scaling and gate.
+
+    peeks: it looks at the stream; others are spared the view, which may cost a pass over it.
+    """
+
+    peeks: bool = False
+    reads: tuple[str, ...] = ()
+    writes: tuple[Entry, ...] = ()
+
+    def forward(self, x_BTD: Tensor | None, view_BTD: Tensor, out_BTD: Tensor, inputs: State) -> tuple[Tensor, State]:
+        """x_BTD: the connection's `peek` before the sublayer. view_BTD: what the branch read, normed. out_BTD: what it
+        made of it. Returns what joins the path, and entries."""
+        return out_BTD, {}
+
+
 class ShortcutConfig(Plugin, slot="shortcut", folder="models.shortcuts"):
-    """Learned extras on the identity path: [B, T, D] -> [B, T, D], token-wise. active: they change the path."""
+    """Learned extras on the identity path. active: they change the path itself, of which there must be one."""
 
     active: ClassVar[bool] = True
 
     def build(self, ctx: LayerContext) -> nn.Module:
+        """The path: [B, T, D] -> [B, T, D], token-wise."""
         raise NotImplementedError
+
+    def beside(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], path: nn.Module) -> Beside:
+        """What joins the path. path: what `build` made, to share parameters with."""
+        return Beside()
 
 
 class ScalingConfig(Plugin, slot="scaling", folder="models.scaling"):

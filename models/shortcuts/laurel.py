@@ -34,5 +34,9 @@ class LowRank(nn.Module):
         self.down = Linear(d_model, rank, init=Normal(1 / math.sqrt(d_model)))
         self.up = Linear(rank, d_model, init=Constant(0.0))
 
+    def low(self, x_BTD: Tensor) -> Tensor:
+        """B A x."""
+        return self.up(self.down(x_BTD))
+
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD + self.up(self.down(x_BTD))
+        return x_BTD + self.low(x_BTD)

@@ -103,6 +103,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "value_embedding_gated": ({"channels": 3, "gate_range": 1.0},),
     "skip_middle": ({"sparsity": 0.01},),
     "laurel": ({"rank": 3},),
+    "laurel_rw": ({"alpha": 0.1},),
+    "laurel_rw_lr": ({"rank": 3, "alpha": 0.3},),
+    "laurel_pa": ({"rank": 3, "previous": 2},),
+    "laurel_lr_pa": ({"rank": 3, "previous": 1},),
+    "laurel_rw_lr_pa": ({"rank": 3, "previous": 3, "alpha": 0.2},),
+    "pangu": ({"reduction": 16},),
 }
 
 
