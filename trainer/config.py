@@ -11,6 +11,7 @@ from models.rules import reasons
 from parallel.mesh import MeshConfig
 from trainer.data.blend import shares
 from trainer.data.packing.base import PackingConfig
+from trainer.data.tasks.base import TaskConfig
 from trainer.faults import FaultsConfig
 from trainer.optim.base import OptimConfig
 from trainer.profiling import ProfileConfig
@@ -58,12 +59,14 @@ class DataConfig:
     """What is learned from.
 
     train: an indexed dataset as the path that its .bin and .idx share, or a blend: a list of datasets, each with path
-    and weight. valid: an indexed dataset. tokenizer: the folder or SentencePiece model that made them.
-    sequence_length: tokens of a sequence. packing: how documents become sequences, of train and valid.
+    and weight. task: a synthetic task instead, which brings its own held-out examples. valid: an indexed dataset.
+    tokenizer: the folder or SentencePiece model that made them. sequence_length: tokens of a sequence. packing: how
+    documents become sequences, of train and valid.
     """
 
-    train: str | tuple[Source, ...]
     sequence_length: int
+    train: str | tuple[Source, ...] = ()
+    task: TaskConfig | None = None
     valid: str | None = None
     tokenizer: str | None = None
     packing: PackingConfig = default(PackingConfig, "concatenate")
@@ -74,8 +77,15 @@ class DataConfig:
             path = getattr(self, name)
             if isinstance(path, str):
                 refuse_ending(name, path)
+        if self.task is not None:
+            for name in ("train", "valid", "tokenizer"):
+                if getattr(self, name):
+                    raise ValueError(f"both task and {name} are given; a task makes its own examples, leave {name} out")
+            return
         if not self.sources:
-            raise ValueError("train is an empty list; name a dataset, or list path and weight of several")
+            raise ValueError(
+                "train is missing or an empty list; name a dataset, list path and weight of several, or give a task"
+            )
         for path, times in Counter(source.path for source in self.sources).items():
             if times > 1:
                 raise ValueError(f"train has {path} {times} times; list it once, with the sum of its weights")
@@ -162,6 +172,8 @@ class RunConfig:
                 f"train.global_batch is {self.train.global_batch}, not a multiple of {ranks} data ranks x micro_batch "
                 f"{self.train.micro_batch} = {across}; use {near}, or another micro_batch"
             )
+        if self.data.task is not None:
+            self.data.task.refuse(length, self.model.vocab_size)
         self.schedule.refuse(self.span)
 
     @property

@@ -11,8 +11,7 @@ from models.lm import LM
 from parallel.mesh import Mesh
 from trainer import metrics
 from trainer.config import RunConfig
-from trainer.data.stream import Stream
-from trainer.data.training import TrainingData
+from trainer.data.samples import held_out_rows, samples
 from trainer.data.vocabulary import refuse_vocabulary
 from trainer.evaluate import evaluate
 from trainer.initial import start
@@ -68,9 +67,7 @@ def train(
 def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: Stop) -> RunState:
     """The run itself, in a folder that is its own."""
     folder, size = Path(config.run.dir), config.train.global_batch
-    length, packing = config.data.sequence_length, config.data.packing
-    data = TrainingData(config.data.weights, length, config.run.seed, packing)
-    held_out = packing.pack(Stream.open(config.data.valid), length) if config.data.valid else None
+    data, held_out = samples(config), held_out_rows(config)
     refuse_vocabulary(config)
 
     engine = build_engine(config, mesh, config.train.compile)

@@ -19,7 +19,7 @@ from trainer.state import OptimizerState, RunState
 
 T = TypeVar("T")
 # What decides which samples a run sees: a resumed run that changes one of these does not see each once.
-ORDER = ("data.train", "data.sequence_length", "data.packing", "run.seed")
+ORDER = ("data.train", "data.task", "data.sequence_length", "data.packing", "run.seed")
 
 
 def everyone(action: Callable[[], T]) -> list[T]:

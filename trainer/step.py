@@ -10,7 +10,7 @@ from models.cost import cost
 from parallel.engine import Engine
 from trainer.config import RunConfig
 from trainer.data.rows import on_device
-from trainer.data.training import TrainingData
+from trainer.data.samples import Samples
 from trainer.faults import Faults
 from trainer.metrics import StepMetrics, expert_loads
 from trainer.optim.base import Optimizer
@@ -22,7 +22,7 @@ class Stepper:
     """Takes the steps of a run, all of its ranks together."""
 
     def __init__(
-        self, config: RunConfig, engine: Engine, optimizer: Optimizer, data: TrainingData, warn: Callable[[str], None]
+        self, config: RunConfig, engine: Engine, optimizer: Optimizer, data: Samples, warn: Callable[[str], None]
     ) -> None:
         self._config, self._engine, self._optimizer, self._data = config, engine, optimizer, data
         self._faults = Faults(config.train.faults, engine, Path(config.run.dir), warn)

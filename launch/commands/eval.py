@@ -1,4 +1,4 @@
-"""`weft eval`: the loss of a model on held-out data or any text.
+"""`weft eval`: the loss of a model on held-out data or any text, or its answers to a synthetic task.
 
 Given a mesh of several ranks it starts the processes itself, as `weft train` does.
 """
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run", metavar="MODEL", help="folder of a run, a checkpoint or a Hugging Face export; or a run's config"
     )
     parser.add_argument("texts", metavar="TEXT", nargs="*", help="file, folder or glob of text, JSON lines, Parquet")
+    parser.add_argument("--task", metavar="KIND", help="a synthetic task instead, such as mqar num_pairs=8")
     parser.add_argument("--data", metavar="PREFIX", help="of a .bin/.idx pair (default: the run's data.valid)")
     parser.add_argument("--text-key", metavar="KEY", help="where JSON lines and Parquet have text (default: text)")
     parser.add_argument("--tokenizer", metavar="PATH", help="for text (default: the model's)")
@@ -28,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.task is not None:
+        return examined(args)
     from launch.runs import run_folder
     from parallel.mesh import MeshConfig
     from trainer import evaluation
@@ -58,6 +61,32 @@ def run(args: argparse.Namespace) -> int:
     report = evaluation.run(request, args.mesh)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(report.as_dict()) if args.json else report)
+    return 0
+
+
+def examined(args: argparse.Namespace) -> int:
+    """Answers to a task; what would be text elsewhere are its settings."""
+    for name in ("data", "text_key", "tokenizer", "stride", "mesh"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"both --task and --{name.replace('_', '-')} are given; a task makes its own examples and runs on one "
+                f"process, leave --{name.replace('_', '-')} out"
+            )
+    from launch.runs import run_folder
+    from trainer import examination
+
+    report = examination.run(
+        examination.Request(
+            run_folder(args.run),
+            args.task,
+            tuple(args.texts),
+            args.window,
+            args.limit,
+            args.micro_batch,
+            args.trust_remote_code,
+        )
+    )
+    print(json.dumps(report.as_dict()) if args.json else report)
     return 0
 
 

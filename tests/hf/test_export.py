@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from trainer.data.tokenizers.sentencepiece import SentencePiece, TokenizerConfig
 
 OUTSIDE = "plugin-of-a-user"
 OURS = ExportConfig(format="self-contained")
+TOGETHER = 25  # drawn exports that one process loads
 SUM = 1e-12  # float64: two orders of summation; a wrong operation shows at 1e-3
 
 
@@ -102,15 +104,38 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {case: root / case for case in (OUTSIDE, *CASES)}
 
 
-@pytest.fixture(scope="module")
-def found(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    scratch = tmp_path_factory.mktemp("user")
-    names = json.dumps([str(folder) for folder in folders.values()])
-    command = [sys.executable, "-P", user.__file__, names, str(scratch / "result.json")]
+def loaded_alone(names: list[str], scratch: Path) -> dict[str, Any]:
+    """What a process without Weft finds in these folders."""
+    command = [sys.executable, "-P", user.__file__, json.dumps(names), str(scratch / "result.json")]
     done = subprocess.run(command, cwd=scratch, env=environment(scratch), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result = json.loads((scratch / "result.json").read_text())
+    return json.loads((scratch / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    result = loaded_alone([str(folder) for folder in folders.values()], tmp_path_factory.mktemp("user"))
     return lambda case: result[str(folders[case])] if case in folders else result[case]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_many_random_combinations(tmp_path: Path) -> None:
+    """WEFT_DRAWS sets how many. Those that do not decode step by step are loaded, padded and compared all the same."""
+    wrong = []
+    seeds = range(100, 100 + int(os.environ.get("WEFT_DRAWS", "500")))
+    for first in range(0, len(seeds), TOGETHER):
+        drawn = {str(tmp_path / f"drawn-{seed}"): tiny.draw(seed) for seed in seeds[first : first + TOGETHER]}
+        for name, config in drawn.items():
+            make(config, Path(name))
+        result = loaded_alone([*drawn], tmp_path)
+        for name, config in drawn.items():
+            facts = result[name]
+            errors = [facts["logits"], facts["loss"], facts["cached"], *facts["padding"].values()]
+            if not max(errors) < SUM or facts["generated"] != facts["stepwise"]:
+                wrong.append(f"{name}, {tiny.describe(config)}: {facts}")
+            shutil.rmtree(name)
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("case", [OUTSIDE, *CASES])

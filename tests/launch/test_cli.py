@@ -46,7 +46,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return out
 
 
-ALL = "bench, check, ckpt, config, data, eval, export, generate, import, launch, plugins, prepare, train"
+ALL = "bench, check, ckpt, config, data, eval, export, generate, import, launch, plan, plugins, prepare, train"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ ALL = "bench, check, ckpt, config, data, eval, export, generate, import, launch,
         (
             ["plugins", "mxer"],
             "there is no slot 'mxer'; did you mean mixer? "
-            "the slots are mixer, ffn, norm, residual, values, shortcut, scaling, depth, packing, optim, schedule",
+            "the slots are mixer, ffn, norm, residual, values, shortcut, scaling, depth, task, packing, optim, schedule",
         ),
         (["eval", "nope"], "nope has no checkpoint; give the folder of a run that has saved one"),
         (["export", "nope", "out"], "nope has no checkpoint; give the folder of a run that has saved one"),

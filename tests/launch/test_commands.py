@@ -103,3 +103,35 @@ def test_check_reports(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     )
     assert main(["check", CONFIG, "--mesh", "pp=2", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_plan_of_the_state(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who writes and reads each entry, and what lies at each boundary; a pipeline's cuts are marked."""
+    file = "configs/debug_mudd_resformer_peri.yaml"
+    plan = json.loads(printed(capsys, "plan", file, "--state", "--json", "mesh.pp=2", "train.micro_batch=2"))
+    entries = {row["name"]: row for row in plan["entries"]}
+    assert entries["past.0"]["writers"] == ["open"] and entries["past.0"]["readers"][-1] == "close"
+    value = entries["first_value"]
+    assert (value["shape"], value["layout"], value["heads"]) == ([2, 16], "heads", 2)
+    assert (value["writers"], value["readers"][-1]) == (["layers.0.mixer"], "layers.3.mixer")
+    boundaries = plan["boundaries"]
+    assert [row["sent"] for row in boundaries] == [False, False, True, False, False]
+    assert boundaries[2]["entries"] == ["past.0", "first_value", "past.1", "past.2"]
+    assert boundaries[2]["bytes"] == 4 * 2 * 64 * (3 * 64 + 2 * 16)
+    lines = printed(capsys, "plan", "--state", file).splitlines()
+    assert any(
+        re.match(r"  first_value +B x T x 2 x 16 +float32 +heads +layers.0.mixer +layers.3.mixer", x) for x in lines
+    )
+
+
+def test_plan_of_a_model_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text(
+        "model: {vocab_size: 32, d_model: 16, layers: {A: {mixer: {kind: attention, num_heads: 2}, "
+        "ffn: {kind: moe, num_experts: 4, top_k: 2, hidden: 8}}}, pattern: A, repeat: 2}\n"
+    )
+    plan = json.loads(printed(capsys, "plan", str(tmp_path / "model.yaml"), "--state", "--json"))
+    assert (plan["sequences"], plan["tokens"]) == (1, 1)
+    assert [row["bytes"] for row in plan["boundaries"]] == [64, 64 + 4, 64 + 4]
+    assert plan["entries"][-1]["writers"] == ["layers.0", "layers.1"]
+    assert main(["plan", str(tmp_path / "model.yaml")]) == 2
+    assert "give --state" in capsys.readouterr().err

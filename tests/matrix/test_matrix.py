@@ -162,7 +162,7 @@ def test_random_combinations(seed: int, pool: Pool) -> None:
 def test_many_random_combinations(pool: Pool) -> None:
     """WEFT_DRAWS sets how many."""
     wrong = []
-    for seed in range(100, 100 + int(os.environ.get("WEFT_DRAWS", "200"))):
+    for seed in range(100, 100 + int(os.environ.get("WEFT_DRAWS", "500"))):
         try:
             check_draw(seed, pool)
         except (AssertionError, RankError, TimeoutError) as error:

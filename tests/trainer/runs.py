@@ -48,7 +48,7 @@ def run_config(data: Path, folder: Path, mesh: MeshConfig | None = None, **train
     return RunConfig(
         model(),
         OutputConfig(str(folder), seed=1),
-        DataConfig(str(data / "train"), 24, valid=str(data / "valid")),
+        DataConfig(24, str(data / "train"), valid=str(data / "valid")),
         TrainConfig(**settings),
         AdamWConfig(lr=0.01),
         Cosine(warmup=2),

@@ -43,3 +43,9 @@ def slots(samples: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]
         here = epochs == epoch
         out[here] = permute(samples[here] % size, size, seed, int(epoch))
     return out
+
+
+def draw_keys(samples: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """32 bits for each sample of a run, from which its random draws are made (`models.noise`)."""
+    start = mix(np.array([seed], dtype=np.int64).astype(np.uint64) + np.uint64(1))
+    return (mix(start + samples.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)

@@ -15,10 +15,10 @@ from trainer.data.stream import Stream
 
 
 class Rows:
-    """Base of what makes sequences of `length` tokens out of a stream. A kind defines `__len__` and `row`."""
+    """Base of what has sequences of `length` tokens by index. A kind defines `__len__` and `row`."""
 
-    def __init__(self, stream: Stream, length: int) -> None:
-        self.stream, self.length, self.tokens = stream, length, len(stream)
+    def __init__(self, length: int) -> None:
+        self.length = length
 
     def __len__(self) -> int:
         """How many sequences there are."""
@@ -43,6 +43,31 @@ class Rows:
     def __str__(self) -> str:
         """For the line on how often a run goes through them."""
         return f"{self.full:,} sequences"
+
+
+class StreamRows(Rows):
+    """Base of what makes them out of a stream."""
+
+    def __init__(self, stream: Stream, length: int) -> None:
+        super().__init__(length)
+        self.stream, self.tokens = stream, len(stream)
+
+
+def share(start: int, count: int, data_rank: int, data_size: int, micro_batch: int) -> list[int]:
+    """The samples, of start..start+count-1, that one data rank takes, micro-batch-major.
+
+    Micro-batch m is the contiguous run of data_size * micro_batch samples from start + m * data_size * micro_batch, of
+    which each rank takes its part in order. Raises ValueError when count does not divide.
+    """
+    across = data_size * micro_batch
+    if count % across:
+        near = max(across, count // across * across)
+        raise ValueError(
+            f"global_batch is {count}, which {data_size} data ranks x micro_batch {micro_batch} = {across} must "
+            f"divide; use global_batch={near}, or another micro_batch"
+        )
+    first = start + data_rank * micro_batch
+    return [first + m * across + i for m in range(count // across) for i in range(micro_batch)]
 
 
 def padding(length: int) -> tuple[np.ndarray, ...]:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.rows import Rows, padding
+from trainer.data.rows import StreamRows, padding
 from trainer.data.stream import Stream
 
 
-class Sequences(Rows):
+class Sequences(StreamRows):
     """The sequences of a stream, or of a .bin/.idx pair by its prefix, by index. stride: default length.
 
     Raises ValueError when the files are missing, damaged, or hold no token.

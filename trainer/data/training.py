@@ -4,35 +4,17 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from parallel.engine import Batch
 from trainer.data.blend import Blend
-from trainer.data.order import mix, slots
+from trainer.data.order import draw_keys, mix, slots
 from trainer.data.packing.base import PackingConfig
 from trainer.data.packing.concatenate import Concatenate
-from trainer.data.rows import stacked
+from trainer.data.rows import share, stacked
 from trainer.data.stream import Stream
 
 # Up to so many epochs, repeated text teaches nearly what new text would (Muennighoff et al., arXiv 2305.16264).
 MOST_EPOCHS = 4
-
-
-def share(start: int, count: int, data_rank: int, data_size: int, micro_batch: int) -> list[int]:
-    """The samples, of start..start+count-1, that one data rank takes, micro-batch-major.
-
-    Micro-batch m is the contiguous run of data_size * micro_batch samples from start + m * data_size * micro_batch, of
-    which each rank takes its part in order. Raises ValueError when count does not divide.
-    """
-    across = data_size * micro_batch
-    if count % across:
-        near = max(across, count // across * across)
-        raise ValueError(
-            f"global_batch is {count}, which {data_size} data ranks x micro_batch {micro_batch} = {across} must "
-            f"divide; use global_batch={near}, or another micro_batch"
-        )
-    first = start + data_rank * micro_batch
-    return [first + m * across + i for m in range(count // across) for i in range(micro_batch)]
 
 
 class TrainingData:
@@ -64,13 +46,8 @@ class TrainingData:
         for k, (source, seed) in enumerate(zip(self.sources, self._seeds, strict=True)):
             rows[sources == k] = slots(turns[sources == k], source.full, seed)
         batch = stacked(self.sources[k].row(row) for k, row in zip(sources.tolist(), rows.tolist(), strict=True))
-        batch.keys = torch.from_numpy(self._keys(samples))
+        batch.keys = torch.from_numpy(draw_keys(samples, self._seeds[0]))
         return batch
-
-    def _keys(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Of each sample's random draws, 32 bits."""
-        start = mix(np.array([self._seeds[0]], dtype=np.int64).astype(np.uint64) + np.uint64(1))
-        return (mix(start + samples.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
     def plan(self, samples: int) -> Iterator[str]:
         """A line on every source: how much of the first `samples` it gives, and how often it is gone through."""

@@ -6,7 +6,7 @@ It depends on the documents and the length alone, so that all ranks, and a run t
 import dataclasses
 
 from models.plugin import Plugin
-from trainer.data.rows import Rows
+from trainer.data.rows import StreamRows
 from trainer.data.stream import Stream
 
 
@@ -14,6 +14,6 @@ from trainer.data.stream import Stream
 class PackingConfig(Plugin, slot="packing", folder="trainer.data.packing"):
     """How documents are put into sequences. Whatever the way, a document is not seen from another one."""
 
-    def pack(self, stream: Stream, length: int) -> Rows:
+    def pack(self, stream: Stream, length: int) -> StreamRows:
         """The sequences of `length` targets each that an epoch goes through."""
         raise NotImplementedError

@@ -3,7 +3,7 @@
 import dataclasses
 
 from trainer.data.packing.base import PackingConfig
-from trainer.data.rows import Rows
+from trainer.data.rows import StreamRows
 from trainer.data.sequences import Sequences
 from trainer.data.stream import Stream
 
@@ -12,5 +12,5 @@ from trainer.data.stream import Stream
 class Concatenate(PackingConfig, kind="concatenate"):
     """Documents one behind another, cut where a sequence ends; no padding."""
 
-    def pack(self, stream: Stream, length: int) -> Rows:
+    def pack(self, stream: Stream, length: int) -> StreamRows:
         return Sequences(stream, length)

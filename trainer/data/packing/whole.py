@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.data.packing.base import PackingConfig
 from trainer.data.packing.best_fit import best_fit_decreasing
-from trainer.data.rows import Rows, padding
+from trainer.data.rows import StreamRows, padding
 from trainer.data.stream import Stream
 
 
@@ -24,11 +24,11 @@ class Whole(PackingConfig, kind="whole"):
     A longer one is cut into pieces of a sequence each, and what remains is packed as a document.
     """
 
-    def pack(self, stream: Stream, length: int) -> Rows:
+    def pack(self, stream: Stream, length: int) -> StreamRows:
         return WholeDocuments(stream, length)
 
 
-class WholeDocuments(Rows):
+class WholeDocuments(StreamRows):
     """The sequences, in the order in which their first pieces stand in the stream, as do the pieces of each.
 
     The plan is 12 bytes for each piece and 8 for each sequence, and is made anew by every process: it takes less time
