@@ -100,7 +100,8 @@ ALL = "bench, check, ckpt, config, data, eval, export, generate, import, launch,
         (
             ["plugins", "mxer"],
             "there is no slot 'mxer'; did you mean mixer? "
-            "the slots are mixer, ffn, norm, residual, values, shortcut, scaling, depth, task, packing, optim, schedule",
+            "the slots are mixer, ffn, norm, residual, values, shortcut, scaling, depth, "
+            "task, packing, optim, schedule",
         ),
         (["eval", "nope"], "nope has no checkpoint; give the folder of a run that has saved one"),
         (["export", "nope", "out"], "nope has no checkpoint; give the folder of a run that has saved one"),

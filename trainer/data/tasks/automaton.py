@@ -34,7 +34,7 @@ class Automaton:
 
 
 def random_automaton(random: np.random.Generator, most: Sizes) -> Automaton:
-    """Each state has edges with distinct symbols to distinct other states (Akyürek et al., arXiv 2401.12973)."""
+    """Each state has edges with distinct symbols to distinct other states (Akyurek et al., arXiv 2401.12973)."""
     count = int(random.integers(4, most.states + 1))
     alphabet = random.choice(most.symbols, int(random.integers(4, most.symbols + 1)), replace=False)
     table: list[dict[int, int]] = []

@@ -1,4 +1,4 @@
-"""In-context regular languages (Akyürek et al., "In-Context Language Learning", arXiv 2401.12973).
+"""In-context regular languages (Akyurek et al., "In-Context Language Learning", arXiv 2401.12973).
 
 A sequence holds strings of one random automaton, which a model can learn to continue only by reading them.
 Shape suffixes: T tokens, V vocabulary.
