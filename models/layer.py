@@ -4,11 +4,12 @@ Shape suffixes: B batch, T sequence, D model width, H heads, V value width.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from models.config import LMConfig
+from models.open_tokens import OpenTokens, one_row, worthwhile
 from models.slots import FFN, Beside, Cache, Connection, DepthControl, Mixer, Placement, Values
 from models.state import ALL_VALUES, KEY_GATE, Entry, Layout, OwnTokens, Result, Side, State, Valued, Views
 
@@ -29,7 +30,12 @@ class Boundary:
 
 
 class LocalCore:
-    """Runs a mixer's core where it is; the context-parallel one exchanges heads for tokens around it."""
+    """Runs a mixer's core where it is; the context-parallel one exchanges heads for tokens around it.
+
+    splits: ranks hold different parts of the sequence.
+    """
+
+    splits: ClassVar[bool] = False
 
     def __call__(
         self, core: Core, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
@@ -38,13 +44,13 @@ class LocalCore:
 
 
 class MixerBranch(nn.Module):
-    """own_tokens -> project -> values -> core -> values -> merge -> finish."""
+    """own_tokens -> project -> values -> core -> values -> merge -> finish. unseen: see `MixerConfig`."""
 
-    def __init__(self, mixer: Mixer, values: Values) -> None:
+    def __init__(self, mixer: Mixer, values: Values, unseen: bool = False) -> None:
         super().__init__()
         if not values.own:
             mixer.drop_values()
-        self.mixer, self.values = mixer, values
+        self.mixer, self.values, self.unseen = mixer, values, unseen
         self.run_core = LocalCore()
         self.entry = "gathered"
         self.reads = tuple(dict.fromkeys((*mixer.reads, *values.reads)))
@@ -53,7 +59,24 @@ class MixerBranch(nn.Module):
     def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:
         return self.mixer.own_tokens(views, inputs, side)
 
+    @property
+    def skips(self) -> bool:
+        """Whether closed tokens can be left out: they change nothing for others, and nobody reads what they write."""
+        return self.unseen and self.values.own and not self.writes and not self.run_core.splits
+
+    def open(self, views: Views, inputs: State, side: Side, cache: Cache | None) -> Result:
+        """`forward` for the tokens with an open gate, KEY_GATE among the inputs; zeros for the others."""
+        chosen = OpenTokens(inputs[KEY_GATE])
+        own = chosen.side(side)
+        result = self.run(chosen.views(views), chosen.state(inputs), own, own, cache)
+        return result._replace(out_BTD=chosen.put(result.out_BTD))
+
     def forward(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
+        if KEY_GATE in inputs and self.skips and worthwhile():
+            return self.open(views, inputs, side, cache)
+        return self.run(views, inputs, side, whole, cache)
+
+    def run(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
         heads, kept, writes = self.mixer.project(views, inputs, side)
         valued: Valued = self.values(heads["v"], views, inputs, side, cache)
         heads["v"] = valued.v_BTHV
@@ -71,23 +94,41 @@ class MixerBranch(nn.Module):
 
 
 class FFNBranch(nn.Module):
-    """An FFN as a branch. Raises ValueError for one that is gathered and has losses or entries."""
+    """An FFN as a branch. Raises ValueError for one that is gathered and has losses or entries.
 
-    def __init__(self, ffn: FFN) -> None:
+    unseen: a token's output depends on that token alone.
+    """
+
+    def __init__(self, ffn: FFN, unseen: bool = False) -> None:
         super().__init__()
         if ffn.entry == "gathered" and (ffn.has_losses or ffn.writes):
             raise ValueError(
                 f"{type(ffn).__name__} has losses or writes entries and runs on gathered tokens, where they would "
                 'count once per tensor rank; say entry = "tokens"'
             )
-        self.ffn = ffn
+        self.ffn, self.unseen = ffn, unseen
         self.entry = ffn.entry
         self.reads, self.writes, self.has_losses = ffn.reads, ffn.writes, ffn.has_losses
+
+    @property
+    def skips(self) -> bool:
+        """Whether closed tokens can be left out: they change nothing for others, and nobody reads what they write."""
+        return self.unseen and not self.writes
 
     def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:
         return OwnTokens()
 
+    def open(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
+        """`forward` for the tokens with an open gate, KEY_GATE among the inputs; zeros for the others."""
+        flat = {name: entry.flatten(0, 1)[None] for name, entry in inputs.items()}
+        chosen = OpenTokens(flat.pop(KEY_GATE))
+        side = chosen.side(one_row(side))
+        result = self.ffn(chosen.take(x_BTD.flatten(0, 1)[None]), chosen.state(flat), side)
+        return result._replace(out_BTD=chosen.put(result.out_BTD).view_as(x_BTD))
+
     def forward(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
+        if KEY_GATE in inputs:
+            return self.open(views.q_BTD, inputs, side)
         return self.ffn(views.q_BTD, inputs, side)
 
     def finish(self, sum_BTD: Tensor) -> Tensor:
@@ -114,12 +155,19 @@ class Sublayer(nn.Module, Generic[Branch]):
             raise ValueError(f"two parts of a sublayer write the state entry {twice[0]!r}; rename one")
 
     def forward(
-        self, state: State, side: Side, local: Side, gate_BT: Tensor | None, key_gate: bool, cache: Cache | None
+        self,
+        state: State,
+        side: Side,
+        local: Side,
+        gate_BT: Tensor | None,
+        key_gate_BT: Tensor | None,
+        cache: Cache | None,
     ) -> tuple[State, Result]:
+        """gate_BT: what the output is multiplied by. key_gate_BT: how much a token is seen by others."""
         views, kept = self.connection.read(state)
         inputs = {name: state[name] for name in self.branch.reads}
-        if gate_BT is not None and key_gate:
-            inputs[KEY_GATE] = gate_BT
+        if key_gate_BT is not None:
+            inputs[KEY_GATE] = key_gate_BT
         views = self.placement.before(views)
         view_BTD = views.q_BTD
         own = self.branch.own_tokens(views, inputs, local)
@@ -195,8 +243,12 @@ class Layer(nn.Module):
         self.index = index
         self.depth: DepthControl = config.depth.build(ctx)
         branches: dict[str, MixerBranch | FFNBranch] = {
-            "mixer": MixerBranch(own.mixer.build(ctx), config.values.build(ctx, own.mixer.value_shape(config.d_model))),
-            "ffn": FFNBranch(own.ffn.build(ctx)),
+            "mixer": MixerBranch(
+                own.mixer.build(ctx),
+                config.values.build(ctx, own.mixer.value_shape(config.d_model)),
+                unseen=own.mixer.unseen and config.depth.gates_keys,
+            ),
+            "ffn": FFNBranch(own.ffn.build(ctx), unseen=own.ffn.causal and own.ffn.batch_independent),
         }
         for name in ("mixer", "ffn"):
             path = config.shortcut.build(ctx)
@@ -230,8 +282,10 @@ class Layer(nn.Module):
     def forward(self, state: State, side: Side, local: Side, cache: Cache | None = None) -> tuple[State, Extras]:
         peek_BTD = self.mixer.connection.peek(state) if self.depth.peeks else None
         gate_BT, writes, losses, stats = self.depth(peek_BTD, {k: state[k] for k in self.depth.reads}, local)
-        state, mixed = self.mixer({**state, **writes}, side, local, gate_BT, self.key_gate, cache)
-        state, channel = self.ffn(state, side, local, gate_BT, False, None)
+        key_gate_BT = self.depth.key_gate(gate_BT) if gate_BT is not None and self.key_gate else None
+        state, mixed = self.mixer({**state, **writes}, side, local, gate_BT, key_gate_BT, cache)
+        skips = self.depth.closes and self.ffn.branch.skips and worthwhile()
+        state, channel = self.ffn(state, side, local, gate_BT, gate_BT if skips else None, None)
         losses = joined(
             self,
             (self.depth.has_losses, losses),

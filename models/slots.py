@@ -48,7 +48,7 @@ class Mixer(nn.Module):
     def core(
         self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
     ) -> tuple[Tensor, Cache | None]:
-        """Mix along the whole sequence. `heads` may hold "key_gate" [B, T] in (0, 1], and in decoding "all_values"
+        """Mix along the whole sequence. `heads` may hold "key_gate" [B, T] in [0, 1], and in decoding "all_values"
         [B, S, H, V], of all tokens so far, so that none need be kept. `cache` None: training; {}: start decoding;
         otherwise what the last call returned. Returns ([B, T, H, V], new cache or None)."""
         raise NotImplementedError
@@ -167,9 +167,11 @@ class DepthControl(nn.Module):
     """One layer's gate. `forward` returns (gate [B, T] or None, Result-like writes, losses and stats).
 
     peeks: it looks at the stream; a layer whose gate does not is spared the view, which may cost a pass over it.
+    closes: its gate is exactly 0 for tokens that a layer need not run for (see `models.open_tokens`).
     """
 
     peeks: bool = True
+    closes: bool = False
     reads: tuple[str, ...] = ()
     writes: tuple[Entry, ...] = ()
     has_losses: bool = False
@@ -179,6 +181,10 @@ class DepthControl(nn.Module):
     ) -> tuple[Tensor | None, State, dict[str, Tensor], dict[str, Tensor]]:
         return None, {}, {}, {}
 
+    def key_gate(self, gate_BT: Tensor) -> Tensor:
+        """How much a token may be seen as a key, of a kind that gates keys."""
+        return gate_BT
+
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """Once per optimiser step, with the step's statistics summed over all ranks and micro-batches."""
 
@@ -186,13 +192,15 @@ class DepthControl(nn.Module):
 class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
     """Information across the sequence.
 
-    key_gate: its core defines what a gated key is (see `models.state.KEY_GATE`).
+    key_gate: its core defines what a gated key is (see `models.state.KEY_GATE`). unseen: a token whose key gate is 0
+    changes nothing for the others, so that they may be computed without it.
     """
 
     causal: ClassVar[bool] = True
     batch_independent: ClassVar[bool] = True
     incremental: ClassVar[bool] = True
     key_gate: ClassVar[bool] = False
+    unseen: ClassVar[bool] = False
 
     def build(self, ctx: LayerContext) -> Mixer:
         raise NotImplementedError

@@ -16,6 +16,8 @@ from parallel.mesh import Mesh, Ranks
 
 
 class UlyssesCore(LocalCore):
+    splits = True
+
     def __init__(self, cp: Ranks) -> None:
         self.cp = cp
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.ffn.balance import LocalReduce
+from models.ffn.balance import Grouped, LocalReduce
 from models.ffn.dispatch import LocalDispatch
 from models.ffn.experts import Experts
 from models.ffn.routed import RoutedFFN
@@ -48,8 +48,7 @@ class GroupReduce(LocalReduce):
 def parallelize(model: LM, mesh: Mesh) -> None:
     """Give every module that dispatches or reduces statistics the version of this mesh."""
     for module in model.modules():
-        if not isinstance(module, RoutedFFN):
-            continue
-        if mesh.ep.size > 1:
+        if mesh.ep.size > 1 and isinstance(module, RoutedFFN):
             module.dispatch = AllToAllDispatch(mesh.ep)
-        module.reduce = GroupReduce(mesh.sequence if module.stats_group == "sequence" else mesh.stage)
+        if isinstance(module, Grouped):
+            module.reduce = GroupReduce(mesh.sequence if module.stats_group == "sequence" else mesh.stage)

@@ -4,17 +4,20 @@
 
 h_l is the input of layer l. S never falls, so a token that is shut out of layer l stays out until layer L-1-l is done.
 The gate multiplies both branches' outputs, and its log is added to the attention logits of the token's key.
-Shape suffixes: B batch, T sequence, D model width.
+Shape suffixes: B batch, T sequence, D model width, L layers.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from models.buffers import Buffers
 from models.context import LayerContext
-from models.limits import at_least
+from models.depth.controllers.base import GateController, penalty
+from models.ffn.balance import Grouped, LocalReduce
 from models.params import Linear, upcast
 from models.slots import DepthConfig, DepthControl
 from models.state import Entry, Side, State
@@ -22,26 +25,34 @@ from models.state import Entry, Side, State
 
 @dataclasses.dataclass(frozen=True)
 class SkipMiddleDepth(DepthConfig, kind="skip_middle"):
-    """sparsity: weight in the loss of the gates' mean over layers and tokens; 0 leaves the gates to the main loss.
+    """controller: what the gates cost in the loss; null leaves them to the main loss. key_floor: the least that a key's
+    gate counts in the mixers; the authors' code has 1e-6, and with 0 a token that is shut out is not seen at all.
 
-    The gates are soft: they scale branches, and no computation is saved.
+    Gates are soft in training, where every layer runs for every token. Without gradients a branch runs for the tokens
+    whose gate is above 0, where nothing depends on the others: FFNs, and with key_floor 0 attention.
     """
 
-    sparsity: float = 0.0
+    controller: GateController | None = None
+    key_floor: float = 0.0
 
     gates_keys: ClassVar[bool] = True
     mirrors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "sparsity", hint=", since less would pay for gates that stay open")
+        if not 0 <= self.key_floor < 1:
+            raise ValueError(f"key_floor is {self.key_floor}; it must lie in [0, 1), and 0 hides closed tokens")
 
     def canonical(self, d_model: int) -> Self:
-        return dataclasses.replace(self, sparsity=0.0)
+        return dataclasses.replace(self, controller=None)
 
     def build(self, ctx: LayerContext) -> DepthControl:
-        weight = self.sparsity / ctx.num_layers
         mirror = ctx.num_layers - 1 - ctx.index
-        return Gate(ctx.d_model, ctx.index, weight) if ctx.index < mirror else Mirror(mirror, weight)
+        if ctx.index > mirror:
+            return Mirror(mirror, self.key_floor)
+        if ctx.index + 1 < mirror or self.controller is None:
+            return Gate(ctx.d_model, ctx.index, self.key_floor)
+        self.controller.check_layers(ctx.num_layers)
+        return ControlledGate(ctx.d_model, ctx.index, self.key_floor, self.controller)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,26 +66,33 @@ def name(index: int) -> str:
     return f"gate_sum.{index}"
 
 
+def opened(sum_: Tensor) -> Tensor:
+    """From the sum S to the gate."""
+    return 1 - sum_.clamp(0, 1)
+
+
 class Openness(DepthControl):
-    """From the sum S to the gate, and to what the gate costs. weight: of one token's gate in the loss."""
+    """From the sum S to the gate of a layer."""
 
-    def __init__(self, weight: float) -> None:
+    closes = True
+
+    def __init__(self, key_floor: float) -> None:
         super().__init__()
-        self.weight = weight
-        self.has_losses = weight != 0
+        self.key_floor = key_floor
 
-    def report(self, sum_BT: Tensor, side: Side) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """(gate [B, T], losses, stats), the latter two summed over this rank's valid tokens."""
-        gate_BT = 1 - sum_BT.clamp(0, 1)
-        total = gate_BT.where(side.valid_BT, 0).sum()
-        return gate_BT, {"sparsity": self.weight * total} if self.has_losses else {}, {"gate": total.detach()}
+    def key_gate(self, gate_BT: Tensor) -> Tensor:
+        return gate_BT.clamp_min(self.key_floor)
+
+    def report(self, gate_BT: Tensor, side: Side) -> dict[str, Tensor]:
+        """The sum of the gates of this rank's valid tokens."""
+        return {"gate": gate_BT.detach().where(side.valid_BT, 0).sum()}
 
 
 class Gate(Openness):
     """A layer of the first half: adds to the sum what it reads from its input."""
 
-    def __init__(self, d_model: int, index: int, weight: float) -> None:
-        super().__init__(weight)
+    def __init__(self, d_model: int, index: int, key_floor: float) -> None:
+        super().__init__(key_floor)
         self.own, self.before = name(index), name(index - 1) if index else None
         self.reads = () if self.before is None else (self.before,)
         # At least float32: 1 - S has no digits left in bfloat16 where S is near 1.
@@ -89,8 +107,46 @@ class Gate(Openness):
         sum_BT = upcast(self.proj(peek_BTD))[..., 0].relu()
         if self.before is not None:
             sum_BT = inputs[self.before] + sum_BT
-        gate_BT, losses, stats = self.report(sum_BT, side)
-        return gate_BT, {self.own: sum_BT}, losses, stats
+        gate_BT = opened(sum_BT)
+        return gate_BT, {self.own: sum_BT}, {}, self.report(gate_BT, side)
+
+
+class ControlledGate(Gate, Buffers, Grouped):
+    """The last layer of the first half, which every gate reaches: it also has the controller of them all."""
+
+    has_losses = True
+
+    def __init__(self, d_model: int, index: int, key_floor: float, controller: GateController) -> None:
+        super().__init__(d_model, index, key_floor)
+        self.controller = controller
+        self.stats_group, self.reduce = controller.stats_group, LocalReduce()
+        self.reads = tuple(name(earlier) for earlier in range(index))
+        for level, value in controller.levels().items():
+            self.declare_buffer(level, (2 * (index + 1),), value)
+
+    def levels(self, like: Tensor) -> dict[str, Tensor]:
+        return {level: getattr(self, level).to(like) for level in self.controller.levels()}
+
+    def forward(
+        self, peek_BTD: Tensor | None, inputs: State, side: Side
+    ) -> tuple[Tensor | None, State, dict[str, Tensor], dict[str, Tensor]]:
+        gate_BT, writes, _, stats = super().forward(peek_BTD, inputs, side)
+        half_BTL = opened(torch.stack([*(inputs[key] for key in self.reads), writes[self.own]], dim=-1))
+        gates_BTL = torch.cat([half_BTL, half_BTL.flip(-1)], dim=-1)
+        cost = penalty(gates_BTL, side.valid_BT, self.controller, self.levels(gates_BTL), self.reduce)
+        own_BTL = gates_BTL.detach().double().where(side.valid_BT[..., None], 0)
+        sums = {"gates": own_BTL.sum((0, 1)), "squares": own_BTL.square().sum((0, 1)), "tokens": side.valid_BT.sum()}
+        return gate_BT, writes, {"gates": cost}, {**stats, **sums}
+
+    @torch.no_grad()
+    def after_step(self, stats: Mapping[str, Tensor]) -> None:
+        """The controller's update, from the gates of the whole step."""
+        count = stats["tokens"].clamp_min(1)
+        mean_L, square_L = (stats[key].double() / count for key in ("gates", "squares"))
+        levels = self.levels(mean_L)
+        for level, value in self.controller.update(levels, mean_L, square_L - mean_L.square()).items():
+            buffer = getattr(self, level)
+            buffer.copy_(value.to(buffer))
 
 
 class Mirror(Openness):
@@ -98,12 +154,12 @@ class Mirror(Openness):
 
     peeks = False
 
-    def __init__(self, mirror: int, weight: float) -> None:
-        super().__init__(weight)
+    def __init__(self, mirror: int, key_floor: float) -> None:
+        super().__init__(key_floor)
         self.reads = (name(mirror),)
 
     def forward(
         self, peek_BTD: Tensor | None, inputs: State, side: Side
     ) -> tuple[Tensor | None, State, dict[str, Tensor], dict[str, Tensor]]:
-        gate_BT, losses, stats = self.report(inputs[self.reads[0]], side)
-        return gate_BT, {}, losses, stats
+        gate_BT = opened(inputs[self.reads[0]])
+        return gate_BT, {}, {}, self.report(gate_BT, side)

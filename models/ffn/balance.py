@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.params import upcast
 
@@ -19,6 +19,13 @@ class LocalReduce:
 
     def __call__(self, counts: Tensor) -> Tensor:
         return counts
+
+
+class Grouped(nn.Module):
+    """A module that sums statistics over a group of tokens; `reduce` is replaced where ranks share a group."""
+
+    stats_group: StatsGroup
+    reduce: Callable[[Tensor], Tensor]
 
 
 def count_picks(index_BTK: Tensor, valid_BT: Tensor, num_experts: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from models.buffers import Buffers
-from models.ffn.balance import LocalReduce, StatsGroup, balance_terms, count_picks, group_loads
+from models.ffn.balance import Grouped, LocalReduce, StatsGroup, balance_terms, count_picks, group_loads
 from models.ffn.dispatch import LocalDispatch
 from models.ffn.experts import Experts
 from models.ffn.routers import Routing
@@ -16,16 +16,16 @@ from models.params import upcast
 from models.slots import FFN
 
 
-class RoutedFFN(FFN, Buffers):
+class RoutedFFN(FFN, Buffers, Grouped):
     """Runs on the rank's own tokens. `dispatch` and `reduce` are replaced where experts or tokens are spread out."""
 
     entry = "tokens"
 
     def __init__(self, stats_group: StatsGroup) -> None:
         super().__init__()
-        self.stats_group: StatsGroup = stats_group
+        self.stats_group = stats_group
         self.dispatch: Callable[[Tensor, Tensor, Experts], Tensor] = LocalDispatch()
-        self.reduce: Callable[[Tensor], Tensor] = LocalReduce()
+        self.reduce = LocalReduce()
 
     def balance(self, routing: Routing, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(`balance_terms` [E], this rank's picks of each expert [E])."""

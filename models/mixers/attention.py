@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.context import LayerContext
-from models.kernels.attention import as_bias, attend, attend_causal, visibility
+from models.kernels.attention import as_bias, as_gated_bias, attend, attend_causal, visibility
 from models.limits import at_least, head_width
 from models.params import Axis, Linear, RMSNorm
 from models.rope import angles, rotate_half, rotate_interleaved
@@ -41,6 +41,7 @@ class AttentionConfig(MixerConfig, kind="attention"):
     qkv_bias: bool = False
 
     key_gate = True
+    unseen = True
     example = MappingProxyType({"num_heads": 8, "num_kv_heads": 4, "head_dim": 4})
 
     def __post_init__(self) -> None:
@@ -131,9 +132,11 @@ class Attention(Mixer):
         if cache:
             keys = {name: torch.cat([cache[name], new], dim=1) for name, new in keys.items()}
         visible_BTS = visibility(side.positions_BT, documents_BS, keys["positions"], keys["documents"], config.window)
-        bias_BTS = as_bias(visible_BTS, q_BTHK.dtype)
-        if gate_BS is not None:
-            bias_BTS = bias_BTS + keys[KEY_GATE].clamp(1e-6, 1).log()[:, None].to(bias_BTS.dtype)
+        if gate_BS is None:
+            bias_BTS = as_bias(visible_BTS, q_BTHK.dtype)
+        else:
+            distance_BTS = side.positions_BT[:, :, None] - keys["positions"][:, None]
+            bias_BTS = as_gated_bias(visible_BTS, distance_BTS, keys[KEY_GATE], q_BTHK.dtype)
         v_BSJV = heads.get(ALL_VALUES, keys.get("v", v_BSJV))
         return attend(q_BTHK, keys["k"], v_BSJV, bias_BTS), None if cache is None else keys
 

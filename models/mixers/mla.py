@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
-from models.kernels.attention import as_bias, attend, attend_causal, visibility
+from models.kernels.attention import as_bias, as_gated_bias, attend, attend_causal, visibility
 from models.limits import at_least
 from models.params import Axis, Linear, RMSNorm, upcast
 from models.rope import angles, rotate_half, rotate_interleaved
@@ -43,6 +43,7 @@ class MLAConfig(MixerConfig, kind="mla"):
     rope_theta: float = 10000.0
 
     key_gate = True
+    unseen = True
     example = MappingProxyType({"num_heads": 4, "head_dim": 4, "value_dim": 4, "shared_dim": 2, "latent_dim": 6})
 
     def __post_init__(self) -> None:
@@ -124,9 +125,11 @@ class MLA(Mixer):
             return attend(q_BTHN, self.keys(new, w_HKC), heads["v"], None), new
         seen = {name: torch.cat([cache[name], x], 1) for name, x in new.items()} if cache else new
         visible_BTS = visibility(positions_BT, documents_BT, seen["positions"], seen["documents"], None)
-        bias_BTS = as_bias(visible_BTS, q_BTHN.dtype)
-        if gate_BS is not None:
-            bias_BTS = bias_BTS + seen[KEY_GATE].clamp(1e-6, 1).log()[:, None].to(bias_BTS.dtype)
+        if gate_BS is None:
+            bias_BTS = as_bias(visible_BTS, q_BTHN.dtype)
+        else:
+            distance_BTS = positions_BT[:, :, None] - seen["positions"][:, None]
+            bias_BTS = as_gated_bias(visible_BTS, distance_BTS, seen[KEY_GATE], q_BTHN.dtype)
         if cache and self.own_values:
             return self.attend_latents(q_BTHN, seen, w_HKC, bias_BTS), seen
         v_BSHV = heads.get(ALL_VALUES, seen.get("v", heads["v"]))

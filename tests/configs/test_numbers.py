@@ -108,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_walk_finds_the_numbers() -> None:
     found = {str(number) for number in NUMBERS}
     assert {"model.repeat", "model.layers.A.mixer.attention.rope_theta", "optim.adamw.betas", "mesh.pp"} <= found
-    assert {"model.residual.ladder.layers", "model.layers.A.norm.pre.eps", "model.depth.skip_middle.sparsity"} <= found
+    assert {"model.residual.ladder.layers", "model.layers.A.norm.pre.eps", "model.depth.skip_middle.key_floor"} <= found
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=str)

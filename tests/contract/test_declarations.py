@@ -41,14 +41,14 @@ def ffn_with(loss: str | None, declared: bool) -> None:
 @pytest.mark.parametrize(
     ("loss", "declared", "message"),
     [
-        ("sparsity", True, "two parts of layer 0 return a loss named 'sparsity'; rename one"),
+        ("gates", True, "two parts of layer 1 return a loss named 'gates'; rename one"),
         ("mine", False, "layer 0 says has_losses=False and returns ['mine']"),
         (None, True, "layer 0 says has_losses=True and returns no losses"),
     ],
 )
 def test_losses_are_not_lost(loss: str | None, declared: bool, message: str, forget: None) -> None:
     ffn_with(loss, declared)
-    model = LM(build(ffn={"kind": "probe"}, depth={"kind": "skip_middle", "sparsity": 1.0}))
+    model = LM(build(ffn={"kind": "probe"}, depth={"kind": "skip_middle", "controller": {"kind": "fixed"}}))
     initialize(model, 0)
     x = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError) as error:

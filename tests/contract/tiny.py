@@ -101,7 +101,15 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "neutreno_resformer": ({"strength": 1.0, "lambda1": 0.2},),
     "value_embedding": ({"tables": 2, "lambda1": 1.0},),
     "value_embedding_gated": ({"channels": 3, "gate_range": 1.0},),
-    "skip_middle": ({"sparsity": 0.01},),
+    "skip_middle": (
+        {"controller": {"kind": "fixed", "mean_coef": 0.01, "var_coef": -0.01}, "key_floor": 1e-6},
+        {"controller": {"kind": "l2", "middle": 0.3, "stats_group": "microbatch"}},
+        {"controller": {"kind": "adaptive", "middle": 0.3, "mean_coef": 0.1}},
+    ),
+    "skip_middle_ungated_keys": (
+        {"controller": {"kind": "proportional", "first": 0.9, "var_coef": 0.1, "stats_group": "microbatch"}},
+        {"controller": {"kind": "proportional_derivative", "var_offset": 0.1}},
+    ),
     "laurel": ({"rank": 3},),
     "laurel_rw": ({"alpha": 0.1},),
     "laurel_rw_lr": ({"rank": 3, "alpha": 0.3},),

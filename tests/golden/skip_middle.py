@@ -45,7 +45,7 @@ def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> d
                 pattern="A",
                 repeat=config["n_layers"],
                 norm=PeriNorm(eps=config["norm_eps"]),
-                depth=SkipMiddleDepth() if on_keys else UngatedKeysSkipMiddleDepth(),
+                depth=SkipMiddleDepth(key_floor=1e-6) if on_keys else UngatedKeysSkipMiddleDepth(),
             )
         )
     mapped = {rename(name): x for name, x in params.items()}

@@ -24,10 +24,8 @@ def test_equal_models() -> None:
     for kind, change in (("moe_plus_plus", {"tau": 0.5, "aux_coef": 0.0}), ("moe_plus_plus_released", {"tau": 0.5})):
         base = tiny.plain("ffn", kind)
         assert differences(tiny.build(ffn=base), tiny.build(ffn={**base, **change})) == []
-    assert (
-        differences(tiny.of_kind("depth", "skip_middle"), tiny.build(depth={"kind": "skip_middle", "sparsity": 1.0}))
-        == []
-    )
+    priced = {"kind": "skip_middle", "controller": {"kind": "fixed", "mean_coef": 1.0}}
+    assert differences(tiny.of_kind("depth", "skip_middle"), tiny.build(depth=priced)) == []
 
 
 def test_every_difference_once_and_by_its_key() -> None:

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from models.config import LayerConfig, LMConfig
+from models.depth.controllers.adaptive import AdaptiveController
+from models.depth.controllers.base import penalty
+from models.depth.controllers.fixed import FixedController
+from models.depth.controllers.l2 import L2Controller
 from models.depth.skip_middle import SkipMiddleDepth, UngatedKeysSkipMiddleDepth
+from models.ffn.balance import LocalReduce, StatsGroup
 from models.ffn.swiglu import SwiGLUConfig
 from models.lm import LM
 from models.mixers.attention import AttentionConfig
@@ -16,6 +21,10 @@ from models.norms.peri import PeriNorm
 from models.params import initialize
 from models.slots import DepthConfig, ValuesConfig
 from models.values.resformer import LearnableResFormerValues, ResFormerValues
+from parallel import check
+from parallel.mesh import MeshConfig
+from parallel.testing import Pool
+from tests.contract import tiny
 
 FFN = SwiGLUConfig(10)
 LAYERS = {
@@ -146,23 +155,79 @@ def test_gates_are_trained_from_the_start(depth: DepthConfig) -> None:
     assert all(x.any() for x in torch.autograd.grad(model(tokens(), tokens()).loss, weights))
 
 
-def test_sparsity_is_the_mean_gate_of_valid_tokens() -> None:
+def test_a_price_is_of_the_mean_gate_of_valid_tokens() -> None:
     ids = torch.tensor([[0] * 7, [0, 0, 0, 1, 1, -1, -1]])
-    model, gates = build("AGGA", depth=SkipMiddleDepth(sparsity=0.3)), []
+    model, gates = build("AGGA", depth=SkipMiddleDepth(FixedController(mean_coef=0.3))), []
     for index in range(4):
         sub(model, index, "depth").register_forward_hook(lambda module, args, out: gates.append(out[0]))
     targets = tokens().where(ids >= 0, -100)
     out = model(tokens(), targets, documents_BT=ids)
     expected = 0.3 * torch.stack(gates)[:, ids >= 0].sum() / 4
-    torch.testing.assert_close(out.losses["sparsity"], expected.detach())
+    torch.testing.assert_close(out.losses["gates"], expected.detach())
     torch.testing.assert_close(out.loss - out.token_loss, expected)
     torch.testing.assert_close(out.stats["layers.1.depth.gate"], gates[1][ids >= 0].sum().detach())
     assert names(model)[1:] == [
-        ["x", "gate_sum.0", "losses"],
+        ["x", "gate_sum.0"],
         ["x", "gate_sum.0", "gate_sum.1", "losses"],
         ["x", "gate_sum.0", "losses"],
         ["x", "losses"],
     ]
+
+
+@pytest.mark.parametrize("group", ["sequence", "microbatch"])
+def test_prices_of_variances_and_norms_are_their_formulas(group: StatsGroup) -> None:
+    """Against torch's own var and norm over each group, with the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    gates_BTL = torch.rand(3, 7, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    valid_BT = torch.arange(7) < torch.tensor([[7], [4], [2]])
+    parts = [valid_BT] if group == "microbatch" else [valid_BT & (torch.arange(3) == row)[:, None] for row in range(3)]
+    target_L = torch.tensor([0.9, 0.4, 0.4, 0.9], dtype=torch.float64)
+    controllers = (
+        (FixedController(0.3, -0.2, group), lambda mean_L, var_L: (0.3 * mean_L - 0.2 * var_L).mean()),
+        (
+            L2Controller(0.3, 0.2, group, first=0.9, middle=0.4),
+            lambda mean_L, var_L: 0.3 * (mean_L - target_L).norm() + 0.2 * (var_L - target_L * (1 - target_L)).norm(),
+        ),
+    )
+    for controller, formula in controllers:
+        levels = {key: torch.full((4,), value, dtype=torch.float64) for key, value in controller.levels().items()}
+        got = penalty(gates_BTL, valid_BT, controller, levels, LocalReduce())
+        groups = [gates_BTL[part] for part in parts]
+        shares = [len(of_group) * formula(of_group.mean(0), of_group.var(0)) for of_group in groups]
+        expected = torch.stack(shares).sum()
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        slopes = (torch.autograd.grad(loss, gates_BTL)[0] for loss in (got, expected))
+        torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-12)
+
+
+def test_a_controller_follows_the_gates_and_is_saved() -> None:
+    """Targets far below the gates: the prices of all layers rise, and travel in the state dict."""
+    model = build("AGGA", depth=SkipMiddleDepth(AdaptiveController(first=0.1, middle=0.0, rate=0.25)))
+    out = model(tokens(), tokens())
+    model.after_step(out.stats)
+    state = model.state_dict()
+    assert torch.equal(state["layers.1.depth.mean_coef"], torch.full((4,), 0.25))
+    assert torch.equal(state["layers.1.depth.steps"], torch.ones(4))
+    other = build("AGGA", depth=SkipMiddleDepth(AdaptiveController(first=0.1, middle=0.0, rate=0.25)))
+    other.load_state_dict(state)
+    assert other(tokens(), tokens()).losses["gates"] > out.losses["gates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "mesh"),
+    [("l2", "microbatch", "fsdp=2,cp=2"), ("proportional", "sequence", "tp=2,pp=2,schedule=zbv")],
+)
+def test_controllers_on_a_mesh(kind: str, group: str, mesh: str, pool: Pool) -> None:
+    controller = {"kind": kind, "first": 0.9, "mean_coef": 0.2, "var_coef": -0.1, "stats_group": group}
+    config = tiny.build(depth={"kind": "skip_middle", "controller": controller})
+    report = check.run(config, MeshConfig.parse(mesh), pool=pool, timeout=120)
+    assert report.ok, report.wrong[:10]
+    assert {"gates", "layers.1.depth.squares"} <= report.statistics.keys()
+
+
+def test_targets_must_fit_the_layers() -> None:
+    with pytest.raises(ValueError, match="targets has 1 numbers, and 4 layers share 2 gates"):
+        build("AGGA", depth=SkipMiddleDepth(L2Controller(targets=(0.5,))))
 
 
 def test_gate_sums_are_at_least_single_precision() -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from models.kernels.attention.blocked import attend_blocked
-from models.kernels.attention.reference import as_bias, attend, visibility
+from models.kernels.attention.reference import as_bias, as_gated_bias, attend, visibility
 
-__all__ = ["as_bias", "attend", "attend_causal", "visibility"]
+__all__ = ["as_bias", "as_gated_bias", "attend", "attend_causal", "visibility"]
 
 
 def attend_causal(

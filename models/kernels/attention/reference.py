@@ -23,6 +23,14 @@ def as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
 
 
+def as_gated_bias(visible: Tensor, distance_BTS: Tensor, gate_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """`as_bias`, plus the log of each key's gate in [0, 1]. A key with gate 0 is seen by its own token alone, which is
+    at distance 0, so that no row of the softmax is empty."""
+    open_BS = gate_BS > 0
+    log_BS = gate_BS.where(open_BS, 1).log().to(dtype)
+    return as_bias(visible & (open_BS[:, None] | (distance_BTS == 0)), dtype) + log_BS[:, None]
+
+
 def attend(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJV: Tensor, bias_BTS: Tensor | None) -> Tensor:
     """softmax(q k / sqrt(K) + bias) v, causal when there is no bias. Returns [B, T, H, V]."""
     out = F.scaled_dot_product_attention(

@@ -1,0 +1,1 @@
+"""What skip-middle's gates cost."""
