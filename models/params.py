@@ -173,6 +173,17 @@ class Linear(nn.Module):
         return F.linear(x_ND, self.weight, self.bias)
 
 
+class NoOutput(nn.Module):
+    """In place of a projection to `width` channels that nobody reads: zeros that take no memory."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return x_ND.new_zeros(1).expand(*x_ND.shape[:-1], self.width)
+
+
 class RMSNorm(nn.Module):
     """`x * weight / sqrt(mean(x^2) + eps)` over the last dimension (Zhang & Sennrich, arXiv 1910.07467)."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.params import Linear, RMSNorm
+from models.params import Linear, NoOutput, RMSNorm
 from models.plugin import Plugin
 from models.state import Entry, OwnTokens, Projected, Result, Side, State, Valued, Views
 
@@ -62,7 +62,7 @@ class Mixer(nn.Module):
                 f"{type(self).__name__} has no projection of values that it could do without; use values that every "
                 f"layer makes for itself{ValuesConfig.such_as(lambda kind: not kind.crosses_layers)}"
             )
-        self.v = NoValues(own.weight.shape[0])
+        self.v = NoOutput(own.weight.shape[0])
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
         """Token-wise, to [B, T, D]: this rank's heads' part of a sum over tensor ranks. What `finish` needs may be
@@ -75,17 +75,6 @@ class Mixer(nn.Module):
 
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """Once per optimiser step, with the step's statistics summed over all ranks and micro-batches."""
-
-
-class NoValues(nn.Module):
-    """In place of a projection to `width` channels that nobody reads: zeros that take no memory."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.new_zeros(1).expand(*x_BTD.shape[:-1], self.width)
 
 
 class FFN(nn.Module):
