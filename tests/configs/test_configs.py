@@ -47,7 +47,7 @@ def test_large_file_steps_on_the_meta_device(path: Path) -> None:
     config = load_run(str(path))
     with torch.device("meta"):
         model = LM(config.model).to(torch.bfloat16)
-        tokens = torch.empty(config.train.micro_batch, min(config.data.sequence_length, 256), dtype=torch.int64)
+        tokens = torch.empty(config.train.micro_batch, min(config.data.sequence_length, 128), dtype=torch.int64)
         out = model(tokens, tokens)
     assert out.loss is not None and out.count is not None
     (out.loss / out.count).backward()
