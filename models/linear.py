@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.conv import FanInUniform, prepend, short_conv, tail
-from models.kernels.linear.chunked import chunk_length, chunked
-from models.kernels.linear.recurrent import recurrent
+from models.kernels.linear.choice import matrix_recurrence
+from models.kernels.linear.chunked import chunk_length
 from models.params import Axis, declare, upcast
 from models.slots import Cache, Mixer
 from models.state import KEY_GATE, Side
@@ -74,7 +74,7 @@ class LinearMixer(Mixer):
     ) -> tuple[Tensor, Cache]:
         """Heads after their convolutions, and the states before them, to ([B, T, H, V], the states after them).
 
-        rule: the recurrence of matrices in its form for this length, told of the documents.
+        rule: the recurrence of matrices, told of the documents.
         """
         raise NotImplementedError
 
@@ -106,8 +106,8 @@ class LinearMixer(Mixer):
             goes_on_B = (documents_BT[:, 0] == documents_BS[:, width - 2]) | (documents_BT[:, 0] < 0)
             for name in self.states:
                 before[name] = past[name] * goes_on_B.view(-1, *(1,) * (past[name].dim() - 1))
-        rule = recurrent if side.positions_BT.shape[1] == 1 else chunked
-        out_BTHV, after = self.mix(x, weights, before, functools.partial(rule, documents_BT=documents_BT), side)
+        rule = functools.partial(matrix_recurrence, documents_BT=documents_BT)
+        out_BTHV, after = self.mix(x, weights, before, rule, side)
         if cache is None or documents_BS is None or real_B is None:
             return out_BTHV, None
         return out_BTHV, {**new, **after, "documents": tail(documents_BS, real_B, width)}

@@ -60,8 +60,8 @@ def documents(length: int) -> Tensor:
 
 def apply(rule, x: dict[str, Tensor], documents_BT: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
     five = [x.get(name) for name in NAMES[:5]]
-    options |= {"value_g_BTJV": x.get("value_g"), "state_BJKV": x.get("state")}
-    return rule(*five, scale=0.7, documents_BT=documents_BT, **options)
+    options |= {"value_g_BTJV": x["value_g"]} if "value_g" in x else {}
+    return rule(*five, scale=0.7, documents_BT=documents_BT, state_BJKV=x.get("state"), **options)
 
 
 def results(rule, x: dict[str, Tensor], documents_BT: Tensor | None, **options) -> list[Tensor]:
