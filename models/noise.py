@@ -48,7 +48,17 @@ def uniform(side: Side, role: str, width: int) -> Tensor:
 
 def normal(side: Side, role: str, width: int) -> Tensor:
     """Independent draws from a Gaussian of mean 0 and variance 1, float32 [B, T, N]."""
-    return torch.erfinv(2 * uniform(side, role, width) - 1) * math.sqrt(2)
+    return gaussian(uniform(side, role, width))
+
+
+def normal_sequences(side: Side, role: str, width: int) -> Tensor:
+    """The same, `width` of them for each sequence, float32 [B, N]."""
+    channel_N = torch.arange(width, device=side.tokens.device)
+    return gaussian(fraction(mixed(role_keys(side, role)[:, None], channel_N)))
+
+
+def gaussian(uniform: Tensor) -> Tensor:
+    return torch.erfinv(2 * uniform - 1) * math.sqrt(2)
 
 
 def role_keys(side: Side, role: str) -> Tensor:

@@ -68,6 +68,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "hgrn2": ({"conv_size": 3}, {"num_heads": 2, "lower_bounds": False}),
     "rg_lru": ({"num_heads": 2, "expand": 1.5, "conv_size": 2},),
     "lru": ({"num_states": 24, "num_heads": 8}, {"num_heads": None, "r_min": 0.0, "max_phase": 0.3}),
+    "lsh": (
+        {"rounds": 1, "buckets": 2, "window": 2, "rope": "none"},
+        {"rounds": 3, "buckets": 6, "window": 4, "num_heads": 8, "head_dim": 2},
+    ),
     "swiglu": ({"hidden": 8},),
     "moe": (
         {"score": "sigmoid", "scale": 2.5, "stats_group": "microbatch", "shared_gate": True},
