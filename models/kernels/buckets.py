@@ -1,7 +1,7 @@
 """Causal attention within hash buckets: each query sees the last few tokens of its own bucket, in several hashings.
 
-Dense, with a mask over all keys, for decoding and as the reference; and sorted by bucket, which takes T * window instead
-of T * T. Both give the softmax over the union of what a query's rounds let it see.
+Dense, with a mask over all keys, for decoding and as the reference; and sorted by bucket, which takes T * window
+instead of T * T. Both give the softmax over the union of what a query's rounds let it see.
 Shape suffixes: B batch, T queries, S keys, H heads, R rounds of hashing, K key and V value width of a head, C chunks,
 W = window queries of a chunk, X = 2 * window keys that they may see, N sorted places.
 """

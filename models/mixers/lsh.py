@@ -31,8 +31,8 @@ class LSHConfig(MixerConfig, kind="lsh"):
     directions anew at every step for each sequence, evaluation has fixed ones. rope: whether what is compared, but not
     what is hashed, is rotated by its position. head_dim: default d_model / num_heads.
 
-    Reformer sees chunks of the sorted tokens, whose edges later tokens move; a window within the bucket does not know of
-    them.
+    Reformer sees chunks of the sorted tokens, whose edges later tokens move; a window within the bucket does not know
+    of them.
     """
 
     num_heads: int
