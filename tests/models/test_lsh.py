@@ -36,14 +36,14 @@ def test_sorted_attention_is_the_union_of_rounds(length: int, window: int, round
     codes = torch.randint(count, (2, length, 3, rounds), generator=generator)
     documents = torch.randint(3, (2, length), generator=generator).sort(1).values - 1
     own, order = places(codes, documents, count)
-    inputs = [x.requires_grad_() for x in (q, k.detach(), v)]
+    inputs = (q.requires_grad_(), k.detach().requires_grad_(), v.requires_grad_())
     found = attend_sorted(*inputs, own, order, None, window)
-    whole = torch.stack(
-        [
-            torch.stack([expected(*(x[b, :, h] for x in (*inputs, codes)), documents[b], window) for h in range(3)], 1)
-            for b in range(2)
-        ]
-    )
+    q, k, v = inputs
+    rows = [
+        [expected(q[b, :, h], k[b, :, h], v[b, :, h], codes[b, :, h], documents[b], window) for h in range(3)]
+        for b in range(2)
+    ]
+    whole = torch.stack([torch.stack(heads, dim=1) for heads in rows])
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-13)
     cotangent = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     for got, want in zip(*(torch.autograd.grad((x * cotangent).sum(), inputs) for x in (found, whole)), strict=True):
