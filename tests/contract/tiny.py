@@ -114,6 +114,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"controller": {"kind": "proportional", "first": 0.9, "var_coef": 0.1, "stats_group": "microbatch"}},
         {"controller": {"kind": "proportional_derivative", "var_offset": 0.1}},
     ),
+    "stochastic": ({"survival": 0.9},),
     "laurel": ({"rank": 3},),
     "laurel_rw": ({"alpha": 0.1},),
     "laurel_rw_lr": ({"rank": 3, "alpha": 0.3},),

@@ -41,6 +41,8 @@ def environment(scratch: Path) -> dict[str, str]:
 
 CASES: dict[str, LMConfig] = {f"{slot}-{kind}": tiny.of_kind(slot, kind) for slot, kind in tiny.every_kind()}
 CASES |= {f"drawn-{seed}": tiny.draw(seed) for seed in range(3)}
+CONTROLLED = {"kind": "skip_middle", "controller": {"kind": "proportional", "middle": 0.3}}
+CASES["controlled"] = tiny.build(depth=CONTROLLED)
 CASES["tied"] = tiny.build(num_layers=1, tie_embeddings=True)
 # Last, because `user.more` takes the last: buffers, a recurrent and a growing cache.
 CASES["hybrid"] = tiny.hybrid()
