@@ -21,7 +21,8 @@ Commands = Mapping[str, "Command | Commands"]
 def find_commands() -> Commands:
     """By name, in alphabetical order."""
     names = sorted(info.name for info in pkgutil.iter_modules(commands.__path__))
-    return {name: importlib.import_module(f"{commands.__name__}.{name}").COMMAND for name in names}
+    modules = {name: importlib.import_module(f"{commands.__name__}.{name}") for name in names}
+    return {name.replace("_", "-"): module.COMMAND for name, module in modules.items()}
 
 
 def overview(prog: str, known: Commands) -> str:

@@ -96,8 +96,9 @@ class LMConfig:
             index,
             layers,
             norm.eps,
-            self.residual.output_gain(),
+            self.residual.output_gain() * self.scaling.output_gain(len(layers)),
             self.vocab_size,
             not self.values.changes,
+            self.scaling,
             {} if pool is None else pool,
         )

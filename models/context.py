@@ -10,6 +10,7 @@ from models.params import Normal, output_std
 
 if TYPE_CHECKING:
     from models.config import LayerConfig
+    from models.slots import ScalingConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -28,6 +29,7 @@ class LayerContext:
     output_gain: float = 1.0
     vocab_size: int = 0
     own_values: bool = True
+    scaling: "ScalingConfig | None" = None
     pool: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -43,6 +45,10 @@ class LayerContext:
         if key not in self.pool:
             self.pool[key] = build()
         return cast(Module, self.pool[key])
+
+    def attention_gain(self, head_dim: int) -> float:
+        """Factor on the scores of softmax attention over heads of this width, beside 1 / sqrt(head_dim)."""
+        return 1.0 if self.scaling is None else self.scaling.attention_gain(head_dim)
 
     @property
     def output_init(self) -> Normal:

@@ -15,6 +15,7 @@ from models.config import LMConfig
 from models.layer import Layer
 from models.loss import Vocabulary, count_targets
 from models.noise import of_layer
+from models.params import named_specs
 from models.rules import check
 from models.slots import Cache, Closer, Opener
 from models.state import Entry, Layout, Side, State
@@ -63,6 +64,10 @@ class LM(nn.Module):
         if not config.tie_embeddings:
             self.head = Vocabulary(config.vocab_size, d_model, "head")
         self.shard: Callable[[Side], Side] = whole
+        self.embedding_gain, self.logits_gain = config.scaling.embedding_gain(), config.scaling.logits_gain(d_model)
+        for name, module, attribute, spec in named_specs(self):
+            scaled = config.scaling.declared(spec, name.startswith("layers."), d_model, depth)
+            module.__dict__["param_specs"][attribute] = scaled
         self.boundaries = self._boundaries()
         self.owners = owners(self)
         self.register_state_dict_post_hook(drop_copies)
@@ -134,7 +139,10 @@ class LM(nn.Module):
         side = Side(tokens_BT, positions_BT, documents_BT, keys=keys_B)
         local = self.shard(side)
         if self.embed is not None and self.embed_norm is not None and self.opener is not None:
-            state = self.opener(self.embed_norm(self.embed(local.tokens_BT)))
+            x_BTD = self.embed(local.tokens_BT)
+            if self.embedding_gain != 1:
+                x_BTD = x_BTD * self.embedding_gain
+            state = self.opener(self.embed_norm(x_BTD))
         assert state is not None, "a stage without the embedding needs the previous stage's state"
         entries: State = dict(state)
         total = entries.pop(LOSSES.name, None)
@@ -156,6 +164,8 @@ class LM(nn.Module):
             entries = entries if total is None else {**entries, LOSSES.name: total}
             return Output(losses=losses, stats=stats, state=entries)
         h_BTD = self.norm(self.closer(entries))
+        if self.logits_gain != 1:
+            h_BTD = h_BTD * self.logits_gain
         if targets_BT is None:
             if keep_BK is not None:
                 h_BTD = h_BTD.take_along_dim(keep_BK[..., None], dim=1)

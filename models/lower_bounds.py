@@ -20,7 +20,7 @@ class LowerBounds(nn.Module):
     def __init__(self, layers: int, heads: int, key: int) -> None:
         super().__init__()
         axes = (None, Axis("heads", heads), None)
-        declare(self, "table", (layers, heads, key), Constant(0.0), axes, decay=False, role="gate")
+        declare(self, "table", (layers, heads, key), Constant(0.0), axes, decay=False, role="gate", wide=False)
 
     def forward(self, index: int) -> Tensor:
         """[H, K] of the layer that is the index-th of them."""

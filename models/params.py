@@ -36,6 +36,16 @@ class Normal:
 
 
 @dataclasses.dataclass(frozen=True)
+class FanIn:
+    """Gaussian with mean 0 and standard deviation 1 / sqrt(fan_in), whatever the model's width."""
+
+    fan_in: int
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator) / math.sqrt(self.fan_in)
+
+
+@dataclasses.dataclass(frozen=True)
 class Constant:
     """Every element equal to `value`."""
 
@@ -65,6 +75,22 @@ class Parts:
     axes: tuple[Axis | None, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """What the model's size makes of an optimiser's settings, for one parameter.
+
+    lr, weight_decay, eps: factors on those of an optimiser that normalises elements, as Adam does. width: how many
+    times as many inputs the parameter has as in the base model, 1 where their number is fixed; optimisers whose updates
+    have another size go by it.
+    """
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+    width: float = 1.0
+
+
+AS_SET = Factors()
 Role = Literal["embedding", "head", "router", "gate", "matrix", "vector"]
 
 
@@ -75,7 +101,8 @@ class ParamSpec:
     shape: the global shape. axes: one `Axis`, `Parts` or None per dimension. decay: weight decay applies.
     role: what an optimiser may treat apart. embedding and head hold a row per token; router scores experts; gate makes
     coefficients (of decays, connections, skips) rather than features; matrix maps features to features, a stack of them
-    per expert; vector is all else: norms, biases, scalars, convolution kernels.
+    per expert; vector is all else: norms, biases, scalars, convolution kernels. wide: its inputs are channels of which
+    a wider model has more. factors: see there.
     """
 
     shape: tuple[int, ...]
@@ -83,6 +110,8 @@ class ParamSpec:
     init: Init
     decay: bool
     role: Role = "matrix"
+    wide: bool = False
+    factors: Factors = AS_SET
 
 
 def is_stack(axes: tuple[Axis | Parts | None, ...]) -> bool:
@@ -98,11 +127,12 @@ def declare(
     axes: tuple[Axis | Parts | None, ...] | None = None,
     decay: bool | None = None,
     role: Role | None = None,
+    wide: bool | None = None,
 ) -> None:
     """Register parameter `name` on `module` with its spec.
 
     Matrices decay by default, vectors do not. Unless it is given, the role is matrix for what decays and is a matrix or
-    a stack of them, and vector for the rest.
+    a stack of them, and vector for the rest; wide is every head, router, gate and matrix.
     Raises ValueError for a 0-d parameter, which FSDP2 cannot shard: use shape (1,), and for one of too many elements.
     """
     check_size(f"parameter {name!r} of shape", *shape)
@@ -116,7 +146,8 @@ def declare(
     decay = decay if decay is not None else len(shape) > 1
     if role is None:
         role = "matrix" if decay and (len(shape) == 2 or is_stack(axes)) else "vector"
-    specs[name] = ParamSpec(shape, axes, init, decay, role)
+    wide = wide if wide is not None else role in ("head", "router", "gate", "matrix")
+    specs[name] = ParamSpec(shape, axes, init, decay, role, wide)
     module.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
 
@@ -161,9 +192,10 @@ class Linear(nn.Module):
         bias: bool = False,
         bias_init: Init | None = None,
         role: Role | None = None,
+        wide: bool | None = None,
     ) -> None:
         super().__init__()
-        declare(self, "weight", (d_out, d_in), init or Normal(0.02), (axis, in_axis), role=role)
+        declare(self, "weight", (d_out, d_in), init or Normal(0.02), (axis, in_axis), role=role, wide=wide)
         self.bias = None
         if bias:
             del self.bias

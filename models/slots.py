@@ -9,8 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from models.beside import Beside
 from models.context import LayerContext
-from models.params import Linear, NoOutput, RMSNorm
+from models.ends import Closer, Opener
+from models.params import Linear, NoOutput, ParamSpec, RMSNorm
 from models.plugin import Plugin
 from models.state import Entry, OwnTokens, Projected, Result, Side, State, Valued, Views
 
@@ -182,8 +184,11 @@ class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
     """Information across the sequence.
 
     key_gate: its core defines what a gated key is (see `models.state.KEY_GATE`). unseen: a token whose key gate is 0
-    changes nothing for the others, so that they may be computed without it.
+    changes nothing for the others, so that they may be computed without it. grows: the fields in proportion to the
+    model's width, where models of several widths are compared.
     """
+
+    grows: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads", "num_value_heads")
 
     causal: ClassVar[bool] = True
     batch_independent: ClassVar[bool] = True
@@ -204,7 +209,9 @@ class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
 
 
 class FFNConfig(Plugin, slot="ffn", folder="models.ffn"):
-    """Information across channels."""
+    """Information across channels. grows: as of a mixer."""
+
+    grows: ClassVar[tuple[str, ...]] = ("hidden", "shared_hidden")
 
     causal: ClassVar[bool] = True
     batch_independent: ClassVar[bool] = True
@@ -233,10 +240,10 @@ class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         raise NotImplementedError
 
-    def open(self, d_model: int) -> "Opener":
+    def open(self, d_model: int) -> Opener:
         return Opener(d_model)
 
-    def close(self, d_model: int, num_layers: int) -> "Closer":
+    def close(self, d_model: int, num_layers: int) -> Closer:
         return Closer()
 
     def check_dtype(self, dtype: torch.dtype) -> None:
@@ -245,26 +252,6 @@ class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
     def output_gain(self) -> float:
         """Factor on the standard deviation of the branches' output matrices at initialisation."""
         return 1.0
-
-
-class Opener(nn.Module):
-    """From the embedding to the first state."""
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.writes: tuple[Entry, ...] = (Entry("x", (d_model,)),)
-
-    def forward(self, x_BTD: Tensor) -> State:
-        return {"x": x_BTD}
-
-
-class Closer(nn.Module):
-    """From the last state to what the final norm reads."""
-
-    reads: tuple[str, ...] = ("x",)
-
-    def forward(self, state: State) -> Tensor:
-        return state["x"]
 
 
 class ValuesConfig(Plugin, slot="values", folder="models.values"):
@@ -296,22 +283,6 @@ class NormConfig(Plugin, slot="norm", folder="models.norms"):
         return RMSNorm(d_model, self.eps)
 
 
-class Beside(nn.Module):
-    """What a shortcut does to what a sublayer adds to the identity path. Token-wise, after norm, scaling and gate.
-
-    peeks: it looks at the stream; others are spared the view, which may cost a pass over it.
-    """
-
-    peeks: bool = False
-    reads: tuple[str, ...] = ()
-    writes: tuple[Entry, ...] = ()
-
-    def forward(self, x_BTD: Tensor | None, view_BTD: Tensor, out_BTD: Tensor, inputs: State) -> tuple[Tensor, State]:
-        """x_BTD: the connection's `peek` before the sublayer. view_BTD: what the branch read, normed. out_BTD: what it
-        made of it. Returns what joins the path, and entries."""
-        return out_BTD, {}
-
-
 class ShortcutConfig(Plugin, slot="shortcut", folder="models.shortcuts"):
     """Learned extras on the identity path. active: they change the path itself, of which there must be one."""
 
@@ -327,10 +298,34 @@ class ShortcutConfig(Plugin, slot="shortcut", folder="models.shortcuts"):
 
 
 class ScalingConfig(Plugin, slot="scaling", folder="models.scaling"):
-    """The size of a branch: [B, T, D] -> [B, T, D], token-wise."""
+    """The size of what a model is made of: of branches, of embedding and logits, of initial weights, of updates.
+
+    Sizes are the whole model's, whatever part of it a pipeline stage holds.
+    """
 
     def build(self, ctx: LayerContext) -> nn.Module:
+        """Of a branch: [B, T, D] -> [B, T, D], token-wise."""
         raise NotImplementedError
+
+    def declared(self, spec: ParamSpec, in_layer: bool, d_model: int, num_layers: int) -> ParamSpec:
+        """How a parameter is initialised and trained in a model of this size. in_layer: it is not one of the ends'."""
+        return spec
+
+    def output_gain(self, num_layers: int) -> float:
+        """Factor on the standard deviation of the branches' output matrices at initialisation."""
+        return 1.0
+
+    def embedding_gain(self) -> float:
+        """Factor on the embedding's output."""
+        return 1.0
+
+    def logits_gain(self, d_model: int) -> float:
+        """Factor on the logits."""
+        return 1.0
+
+    def attention_gain(self, head_dim: int) -> float:
+        """Factor on scores of softmax attention, beside 1 / sqrt(head_dim)."""
+        return 1.0
 
 
 class DepthConfig(Plugin, slot="depth", folder="models.depth"):

@@ -93,6 +93,8 @@ class Attention(Mixer):
         self.v = Linear(ctx.d_model, kv_heads * head_dim, axis=kv_axis, bias=config.qkv_bias)
         self.o = Linear(heads * head_dim, ctx.d_model, in_axis=axis, init=ctx.output_init)
         self.gate = Linear(ctx.d_model, heads * head_dim, axis=axis) if config.output_gate else None
+        # Normed queries and keys have no size that a width could change.
+        self.query_gain = 1.0 if config.qk_norm else ctx.attention_gain(head_dim)
         self.q_norm = RMSNorm(head_dim, ctx.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, ctx.norm_eps) if config.qk_norm else None
 
@@ -102,6 +104,8 @@ class Attention(Mixer):
         v = self.v(views.v_BTD).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.query_gain != 1:
+            q = q * self.query_gain
         kept = {} if self.gate is None else {"gate": self.gate(views.q_BTD)}
         return Projected({"q": q, "k": k, "v": v}, kept)
 

@@ -83,7 +83,7 @@ class GLA(LinearMixer):
         self.k = Linear(ctx.d_model, kv_heads * self.key, axis=kv_axis)
         self.v = Linear(ctx.d_model, kv_heads * self.value, axis=kv_axis)
         self.decay_down = Linear(ctx.d_model, config.gate_rank, role="gate")
-        self.decay_up = Linear(config.gate_rank, kv_heads * self.key, axis=kv_axis, bias=True, role="gate")
+        self.decay_up = Linear(config.gate_rank, kv_heads * self.key, axis=kv_axis, bias=True, role="gate", wide=False)
         self.gate = Linear(ctx.d_model, heads * self.value, axis=axis) if config.output_gate else None
         self.o = Linear(heads * self.value, ctx.d_model, in_axis=axis, init=ctx.output_init)
         self.norm = RMSNorm(self.value, ctx.norm_eps)

@@ -90,7 +90,7 @@ class KDA(LinearMixer):
         self.v = Linear(ctx.d_model, value_heads * value, axis=axis)
         self.beta = Linear(ctx.d_model, value_heads, axis=axis, role="gate")
         self.decay_down = Linear(ctx.d_model, rank, role="gate")
-        self.decay_up = Linear(rank, value_heads * key, axis=axis, role="gate")
+        self.decay_up = Linear(rank, value_heads * key, axis=axis, role="gate", wide=False)
         self.gate_down = Linear(ctx.d_model, rank)
         self.gate_up = Linear(rank, value_heads * value, axis=axis, bias=True)
         self.o = Linear(value_heads * value, ctx.d_model, in_axis=axis, init=ctx.output_init)

@@ -16,7 +16,7 @@ from models.context import LayerContext
 from models.kernels.diagonal import scan_pairs
 from models.limits import above_zero, at_least
 from models.linear import LinearMixer, Rule, key_gated, whole
-from models.params import Axis, Linear, Normal, declare, upcast
+from models.params import Axis, FanIn, Linear, declare, upcast
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
 
@@ -89,7 +89,7 @@ class LRU(LinearMixer):
         super().__init__()
         self.heads, self.width = config.value_shape(ctx.d_model)
         axis, inner = Axis("heads", self.heads), self.heads * self.width
-        self.v = Linear(ctx.d_model, inner, axis=axis, init=Normal((2 * ctx.d_model) ** -0.5))
+        self.v = Linear(ctx.d_model, inner, axis=axis, init=FanIn(2 * ctx.d_model))
         self.o = Linear(inner, ctx.d_model, in_axis=axis, init=ctx.output_init)
         self.ring: nn.Parameter
         self.skip: nn.Parameter

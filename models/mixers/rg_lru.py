@@ -81,7 +81,7 @@ class RGLRU(LinearMixer):
         declare(self, "decay", (heads, self.width), Radius(), (axis, None), decay=False)
         for name in ("input", "recurrent"):
             matrix = (heads, self.width, self.width)
-            declare(self, f"{name}_gate", matrix, Normal(self.width**-0.5), (axis, None, None), role="gate")
+            declare(self, f"{name}_gate", matrix, Normal(self.width**-0.5), (axis, None, None), role="gate", wide=False)
             declare(self, f"{name}_bias", matrix[:2], Constant(0.0), (axis, None), decay=False)
         self.declare_convs({"v": (axis, self.width)}, config.conv_size, bias=True)
 

@@ -5,7 +5,6 @@ K hidden width of the generator.
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import above_zero, at_least
-from models.params import Constant, Init, Linear, Normal, declare, upcast
+from models.params import Constant, FanIn, Init, Linear, declare, upcast
 from models.residual.past import LayerEnd, Newest, PastOpener, Selection, past, weighted_sum
 from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
@@ -83,8 +82,8 @@ class DepthAggregate(nn.Module):
     ) -> None:
         super().__init__()
         self.ways, self.eps = ways, eps
-        self.down = Linear(d_model, hidden, init=Normal(1 / math.sqrt(d_model)), role="gate")
-        self.up = Linear(hidden, ways * sources, init=Constant(0.0), role="gate")
+        self.down = Linear(d_model, hidden, init=FanIn(d_model), role="gate")
+        self.up = Linear(hidden, ways * sources, init=Constant(0.0), role="gate", wide=False)
         declare(self, "static", (ways, sources), static_init or Newest(), decay=False)
 
     def normed(self, newest_BTD: Tensor) -> Tensor:

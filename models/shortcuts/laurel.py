@@ -4,13 +4,12 @@ Shape suffixes: B batch, T sequence, D model width.
 """
 
 import dataclasses
-import math
 
 from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import at_least
-from models.params import Constant, Linear, Normal
+from models.params import Constant, FanIn, Linear
 from models.slots import ShortcutConfig
 
 
@@ -31,8 +30,8 @@ class Laurel(ShortcutConfig, kind="laurel"):
 class LowRank(nn.Module):
     def __init__(self, d_model: int, rank: int) -> None:
         super().__init__()
-        self.down = Linear(d_model, rank, init=Normal(1 / math.sqrt(d_model)))
-        self.up = Linear(rank, d_model, init=Constant(0.0))
+        self.down = Linear(d_model, rank, init=FanIn(d_model))
+        self.up = Linear(rank, d_model, init=Constant(0.0), wide=False)
 
     def low(self, x_BTD: Tensor) -> Tensor:
         """B A x."""

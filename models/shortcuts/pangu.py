@@ -6,7 +6,6 @@ Shape suffixes: B batch, T sequence, D model width.
 """
 
 import dataclasses
-import math
 from types import MappingProxyType
 from typing import Literal
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import at_least
-from models.params import Constant, Linear, Normal
+from models.params import Constant, FanIn, Linear
 from models.slots import Beside, ShortcutConfig
 from models.state import State
 
@@ -50,7 +49,7 @@ class PanGuShortcut(ShortcutConfig, kind="pangu"):
 class Augmented(Beside):
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
-        self.down = Linear(d_model, width, init=Normal(1 / math.sqrt(d_model)))
+        self.down = Linear(d_model, width, init=FanIn(d_model))
         self.up = Linear(width, d_model, init=Constant(0.0))
 
     def forward(self, x_BTD: Tensor | None, view_BTD: Tensor, out_BTD: Tensor, inputs: State) -> tuple[Tensor, State]:

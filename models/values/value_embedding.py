@@ -108,7 +108,7 @@ class GatedEmbedding(Values):
     def __init__(self, table: Table, heads: int, channels: int, gate_range: float) -> None:
         super().__init__()
         self.table, self.channels, self.gate_range = table, channels, gate_range
-        self.gate = Linear(channels, heads, axis=Axis("kv_heads", heads), init=Constant(0.0), role="gate")
+        self.gate = Linear(channels, heads, axis=Axis("kv_heads", heads), init=Constant(0.0), role="gate", wide=False)
 
     def forward(self, v_BTHV: Tensor, views: Views, inputs: State, side: Side, cache: Cache | None) -> Valued:
         gate_BTH = self.gate_range * upcast(self.gate(views.v_BTD[..., : self.channels])).sigmoid()

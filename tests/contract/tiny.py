@@ -115,6 +115,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"controller": {"kind": "proportional_derivative", "var_offset": 0.1}},
     ),
     "stochastic": ({"survival": 0.9},),
+    "completep": ({"base_width": 4, "base_layers": 8, "base_head_dim": 2, "embedding_scale": 3.0},),
+    "depth_mup": ({"base_width": 32, "base_layers": 1, "logits_scale": 2.0},),
     "laurel": ({"rank": 3},),
     "laurel_rw": ({"alpha": 0.1},),
     "laurel_rw_lr": ({"rank": 3, "alpha": 0.3},),

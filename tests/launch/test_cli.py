@@ -46,7 +46,10 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return out
 
 
-ALL = "bench, check, ckpt, config, data, eval, export, generate, import, launch, plan, plugins, prepare, train"
+ALL = (
+    "bench, check, ckpt, config, coord-check, data, eval, export, generate, import, launch, plan, plugins, "
+    "prepare, train"
+)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,7 @@ def test_help_names_all_commands_and_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert set(re.findall(r"^  (\w+)", done.stdout, re.MULTILINE)) == set(find_commands())
+    assert set(re.findall(r"^  ([\w-]+)", done.stdout, re.MULTILINE)) == set(find_commands())
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,16 +68,16 @@ def adamw_update(
 ) -> None:
     """One update of `parameters`, whose state is that of `first_moments`: one call for all that share a setting."""
 
-    def key(held: Held) -> tuple[float, float]:
+    def key(held: Held) -> tuple[float, float, float]:
         setting: Setting = optimizer.setting(held)
-        return setting.lr_scale, setting.weight_decay
+        return setting.lr_scale, setting.weight_decay, setting.eps_scale
 
     # A rank may hold nothing of a small parameter; its count of updates goes on as on all ranks.
     pieces = [held for held in parameters if local(held.parameter).numel()]
     for held in parameters:
         if not local(held.parameter).numel():
             optimizer.state(held)["step"].add_(1)
-    for (lr_scale, weight_decay), group in itertools.groupby(sorted(pieces, key=key), key):
+    for (lr_scale, weight_decay, eps_scale), group in itertools.groupby(sorted(pieces, key=key), key):
         same = list(group)
         states = [optimizer.state(held) for held in same]
         fused = local(same[0].parameter).device.type in FUSED
@@ -95,7 +95,7 @@ def adamw_update(
             beta2=betas[1],
             lr=lr * lr_scale,
             weight_decay=weight_decay,
-            eps=eps,
+            eps=eps * eps_scale,
             maximize=False,
         )
 

@@ -42,6 +42,7 @@ class Setting:
     spec: ParamSpec
     lr_scale: float
     weight_decay: float
+    eps_scale: float
 
 
 def matches(pattern: str, name: str, spec: ParamSpec) -> bool:
@@ -56,13 +57,15 @@ def whole_specs(model: LMConfig) -> dict[str, ParamSpec]:
 
 
 def settings(model: LMConfig, groups: tuple[GroupConfig, ...], weight_decay: float) -> dict[str, Setting]:
-    """What holds for every parameter, by name: the first group that matches, over the optimiser's own."""
+    """What holds for every parameter, by name: the first group that matches, over the optimiser's own, in
+    the proportion that the model's scaling asks for."""
     found = {}
     for name, spec in whole_specs(model).items():
         group = next((group for group in groups if matches(group.match, name, spec)), GroupConfig(""))
         own = weight_decay if spec.decay else 0.0
         decay = own if group.weight_decay is None else group.weight_decay
-        found[name] = Setting(spec, group.lr_scale, decay)
+        size = spec.factors
+        found[name] = Setting(spec, group.lr_scale * size.lr, decay * size.weight_decay, size.eps)
     return found
 
 

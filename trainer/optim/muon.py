@@ -90,10 +90,17 @@ class Muon(Optimizer):
         directions = [self.direction(one) for one in matrices]
         for one, change in on_whole(matrices, directions, self.engine.mesh, self.orthogonal, needs_whole):
             setting = self.setting(one)
-            own_lr = lr * setting.lr_scale
+            # Adam's rule for wider matrices is undone as far as this update grows less with them.
+            gain = self.width_gain(setting.spec.factors.width)
+            own_lr = lr * setting.lr_scale * gain
             parameter = local(one.parameter)
-            parameter.mul_(1 - own_lr * setting.weight_decay)
+            parameter.mul_(1 - own_lr * setting.weight_decay / gain)
             parameter.addcmul_(local(change).to(parameter.dtype), local(self.scales(one)), value=-own_lr)
+
+    def width_gain(self, width: float) -> float:
+        """Factor on Adam's learning rate for a matrix that has `width` times as many inputs, so that the spectral norm
+        of an update stays what it is: Adam's grows in proportion, one of this root mean square as the square root."""
+        return width if self.config.adjust_lr == "original" else math.sqrt(width)
 
     def direction(self, held: Held) -> Tensor:
         """The piece of what is to be orthogonalised: the average gradient, or with nesterov one gradient further.
