@@ -17,12 +17,15 @@ def is_slot(annotation: Any) -> bool:
 
 
 def slots_in(annotation: Any) -> Iterator[Any]:
-    """Every slot that a config of this type can hold, in the order of its fields."""
+    """Every slot that a config of this type can hold, in the order of its fields; those inside its kinds follow it."""
     if is_slot(annotation):
         yield annotation
+        for cls in annotation.kinds().values():
+            yield from slots_in(cls)
     elif dataclasses.is_dataclass(annotation):
-        for hint in typing.get_type_hints(annotation).values():
-            yield from slots_in(hint)
+        hints = typing.get_type_hints(annotation)
+        for field in dataclasses.fields(annotation):
+            yield from slots_in(hints[field.name])
     for argument in typing.get_args(annotation):
         yield from slots_in(argument)
 

@@ -17,6 +17,12 @@ class Difference(NamedTuple):
     left: Any
     right: Any
 
+    @property
+    def of_slot(self) -> bool:
+        """Whether a slot of the model has another kind, and not only one inside a kind."""
+        above = self.key.split(".")[:-1]
+        return self.key.endswith(".kind") and len(above) == (3 if above[0] == "layers" else 1)
+
 
 def differences(left: LMConfig, right: LMConfig) -> list[Difference]:
     """Every setting that differs, once, in the order of the config. Empty: weights of one are weights of the other.

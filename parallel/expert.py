@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.ffn.balance import Grouped, LocalReduce
 from models.ffn.dispatch import LocalDispatch
 from models.ffn.experts import Experts
+from models.ffn.groups import Grouped, Peers
 from models.ffn.routed import RoutedFFN
 from models.lm import LM
-from parallel.collectives import all_to_all
+from parallel.collectives import all_gather, all_to_all
 from parallel.mesh import Mesh, Ranks
 
 
@@ -35,20 +35,31 @@ class AllToAllDispatch(LocalDispatch):
         return back[order.argsort()]
 
 
-class GroupReduce(LocalReduce):
-    """Sums statistics over the ranks of their group."""
+class RankPeers(Peers):
+    """`ranks` hold the same groups' tokens. rows: how many different sets of rows they hold; ranks that share one hold
+    its sequence in order, and are numbered side by side."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, rows: int) -> None:
+        self.ranks, self.rows = ranks, rows
 
-    def __call__(self, counts: Tensor) -> Tensor:
-        return self.ranks.sum_(counts.clone())
+    def sum(self, x: Tensor) -> Tensor:
+        return self.ranks.sum_(x.clone())
+
+    def gather(self, x_BT: Tensor) -> Tensor:
+        parts = all_gather(x_BT[None], 0, self.ranks).unflatten(0, (self.rows, -1))
+        return parts.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    def own(self, x_BT: Tensor) -> Tensor:
+        count = self.ranks.size // self.rows
+        row, index = divmod(self.ranks.index, count)
+        return x_BT.chunk(self.rows, 0)[row].chunk(count, 1)[index]
 
 
 def parallelize(model: LM, mesh: Mesh) -> None:
-    """Give every module that dispatches or reduces statistics the version of this mesh."""
+    """Give every module that dispatches rows, or looks at groups of tokens, the version of this mesh."""
     for module in model.modules():
-        if mesh.ep.size > 1 and isinstance(module, RoutedFFN):
+        if isinstance(module, RoutedFFN) and mesh.ep.size > 1:
             module.dispatch = AllToAllDispatch(mesh.ep)
         if isinstance(module, Grouped):
-            module.reduce = GroupReduce(mesh.sequence if module.stats_group == "sequence" else mesh.stage)
+            one = module.group == "sequence"
+            module.peers = RankPeers(mesh.sequence, 1) if one else RankPeers(mesh.stage, mesh.data_size)

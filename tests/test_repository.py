@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.tiny import SLOTS
+from tests.contract.tiny import ALL_SLOTS
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = 350
@@ -102,4 +102,4 @@ def test_text_files_end_in_one_newline(texts: dict[str, str]) -> None:
 def test_the_readme_names_every_kind() -> None:
     rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     named = {slot: set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", kinds))) for slot, kinds in rows}
-    assert named == {slot.slot: set(slot.kinds()) for slot in SLOTS}
+    assert named == {slot.slot: set(slot.kinds()) for slot in ALL_SLOTS}

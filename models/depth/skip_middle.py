@@ -17,7 +17,7 @@ from torch import Tensor
 from models.buffers import Buffers
 from models.context import LayerContext
 from models.depth.controllers.base import GateController, penalty
-from models.ffn.balance import Grouped, LocalReduce
+from models.ffn.groups import Grouped
 from models.params import Linear, upcast
 from models.slots import DepthConfig, DepthControl
 from models.state import Entry, Side, State
@@ -119,7 +119,7 @@ class ControlledGate(Gate, Buffers, Grouped):
     def __init__(self, d_model: int, index: int, key_floor: float, controller: GateController) -> None:
         super().__init__(d_model, index, key_floor)
         self.controller = controller
-        self.stats_group, self.reduce = controller.stats_group, LocalReduce()
+        self.group = controller.stats_group
         self.reads = tuple(name(earlier) for earlier in range(index))
         for level, value in controller.levels().items():
             self.declare_buffer(level, (2 * (index + 1),), value)
@@ -133,7 +133,7 @@ class ControlledGate(Gate, Buffers, Grouped):
         gate_BT, writes, _, stats = super().forward(peek_BTD, inputs, side)
         half_BTL = opened(torch.stack([*(inputs[key] for key in self.reads), writes[self.own]], dim=-1))
         gates_BTL = torch.cat([half_BTL, half_BTL.flip(-1)], dim=-1)
-        cost = penalty(gates_BTL, side.valid_BT, self.controller, self.levels(gates_BTL), self.reduce)
+        cost = penalty(gates_BTL, side.valid_BT, self.controller, self.levels(gates_BTL), self.peers.sum)
         own_BTL = gates_BTL.detach().double().where(side.valid_BT[..., None], 0)
         sums = {"gates": own_BTL.sum((0, 1)), "squares": own_BTL.square().sum((0, 1)), "tokens": side.valid_BT.sum()}
         return gate_BT, writes, {"gates": cost}, {**stats, **sums}

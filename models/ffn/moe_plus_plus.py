@@ -1,7 +1,7 @@
 """MoE++: experts that cost nothing beside FFN experts, and routers that see the previous router's logits.
 
 Shape suffixes: B batch, T sequence, N = B*T tokens, D model width, E all experts, F FFN experts, C constant experts,
-K picks, P picks of FFN experts.
+K picks.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.ffn.balance import StatsGroup
+from models.ffn.balance import Balance
+from models.ffn.capacity import Room
 from models.ffn.experts import Experts
-from models.ffn.routed import RoutedFFN, sum_picks, take_picks
-from models.ffn.routers import LinearRouter, Routing, normalized
-from models.limits import at_least
+from models.ffn.groups import StatsGroup
+from models.ffn.routed import RoutedFFN
+from models.ffn.routing import LinearRouter, Routing, best, normalized
+from models.limits import above_zero, at_least
 from models.params import Normal, declare, upcast
 from models.slots import FFN, FFNConfig
 from models.state import Entry, Result, Side, State
@@ -28,11 +30,14 @@ LOGITS = "router_logits"  # [B, T, E]: the last router's logits, its own residua
 
 @dataclasses.dataclass(frozen=True)
 class MoEPlusPlusConfig(FFNConfig, kind="moe_plus_plus"):
-    """Jin et al., arXiv 2410.07348. Experts in this order: FFN, constant, copy, zero; dropless.
+    """Jin et al., arXiv 2410.07348. Experts in this order: FFN, constant, copy, zero.
 
     num_experts: FFN experts. hidden: their width. tau: weight of an expert without computation in the balance loss,
     relative to an FFN expert; smaller sends it more tokens. aux_coef: of that loss. stats_group: the tokens over which
-    it counts loads.
+    it counts loads. capacity_factor: in training an FFN expert takes at most the share
+    `capacity_factor tau / (tau N_F + N_Z)` of its group's picks, any other tau^-1 times as many (N_F FFN experts, N_Z
+    others), and picks beyond are dropped; null for dropless. capacity_group: a row of the batch, or all rows of a
+    micro-batch.
     """
 
     num_experts: int
@@ -44,12 +49,15 @@ class MoEPlusPlusConfig(FFNConfig, kind="moe_plus_plus"):
     tau: float = 0.75
     aux_coef: float = 0.01
     stats_group: StatsGroup = "sequence"
+    capacity_factor: float | None = None
+    capacity_group: StatsGroup = "sequence"
 
     example = MappingProxyType({"num_experts": 4, "hidden": 8})
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_experts", "hidden")
         at_least(self, 0, "num_constant", "num_copy", "num_zero", "aux_coef")
+        above_zero(self, "capacity_factor", hint=", or null for no limit")
         if not 1 <= self.top_k <= self.num_total:
             raise ValueError(
                 f"top_k is {self.top_k}; it must lie between 1 and the {self.num_total} experts of all types"
@@ -58,7 +66,8 @@ class MoEPlusPlusConfig(FFNConfig, kind="moe_plus_plus"):
             raise ValueError(f"tau is {self.tau}; it must lie in (0, 1], where 1 balances all experts alike")
 
     def canonical(self, d_model: int) -> Self:
-        return dataclasses.replace(self, tau=1.0, aux_coef=0.0, stats_group="sequence")
+        training = {"tau": 1.0, "aux_coef": 0.0, "stats_group": "sequence"}
+        return dataclasses.replace(self, **training, capacity_factor=None, capacity_group="sequence")
 
     @property
     def num_total(self) -> int:
@@ -71,6 +80,15 @@ class MoEPlusPlusConfig(FFNConfig, kind="moe_plus_plus"):
     def build(self, ctx: LayerContext) -> FFN:
         router = LinearRouter(ctx.d_model, self.num_total)
         return MoEPlusPlus(self, ctx, router, MaskedTopK(self.top_k, self.num_total - self.num_zero))
+
+    def room(self) -> Room | None:
+        """The heterogeneous capacity, counted over picks: a factor of 1 is enough where loads are as the balance loss
+        wants them."""
+        if self.capacity_factor is None:
+            return None
+        free, picks = self.num_total - self.num_experts, self.capacity_factor * self.top_k
+        numerators = (picks * self.tau,) * self.num_experts + (picks,) * free
+        return Room(self.capacity_group, numerators, self.tau * self.num_experts + free)
 
     def active_share(self) -> float:
         """When the balance loss is at its least: FFN experts then get tau^-1 times less than the others."""
@@ -97,7 +115,7 @@ class MaskedTopK:
 
     def __call__(self, logits_BTE: Tensor) -> Routing:
         probs_BTE = logits_BTE.softmax(-1)
-        index_BTK = probs_BTE.detach().topk(self.top_k, dim=-1).indices
+        index_BTK = best(probs_BTE, self.top_k)
         weights_BTK = probs_BTE.gather(-1, index_BTK).masked_fill(index_BTK >= self.first_zero, 0)
         return Routing(logits_BTE, probs_BTE, index_BTK, normalized(weights_BTK))
 
@@ -126,7 +144,8 @@ class MoEPlusPlus(RoutedFFN):
     def __init__(
         self, config: MoEPlusPlusConfig, ctx: LayerContext, router: nn.Module, select: Callable[[Tensor], Routing]
     ) -> None:
-        super().__init__(config.stats_group)
+        super().__init__(Experts(config.num_experts, ctx.d_model, config.hidden, ctx.output_init))
+        self.balance, self.room = Balance(config.stats_group), config.room()
         self.config, self.select = config, select
         self.has_losses = config.aux_coef > 0
         ffns = tuple(layer.ffn for layer in ctx.layers)
@@ -137,7 +156,6 @@ class MoEPlusPlus(RoutedFFN):
             self.reads = (LOGITS,)
         if config.linked(nearest(ffns[ctx.index + 1 :])):
             self.writes = (Entry(LOGITS, (config.num_total,), dtype=torch.float32),)
-        self.experts = Experts(config.num_experts, ctx.d_model, config.hidden, ctx.output_init)
         self.constants = ConstantExperts(config.num_constant, ctx.d_model) if config.num_constant else None
 
     def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
@@ -145,26 +163,26 @@ class MoEPlusPlus(RoutedFFN):
         logits_BTE = self.router(x_BTD)
         if self.router_residual is not None:
             logits_BTE = logits_BTE + self.router_residual(inputs[LOGITS])
-        routing = self.select(logits_BTE)
-        u_ND = self.expert_input(x_BTD.flatten(0, 1))
+        routing, valid_BT = self.select(logits_BTE), side.valid_BT
         index_NK, weights_NK = routing.index_BTK.flatten(0, 1), routing.weights_BTK.flatten(0, 1)
-        out_ND = self.run_ffn(u_ND, index_NK, weights_NK) + self.run_free(upcast(u_ND), index_NK, weights_NK)
-        terms_E, load_E = self.balance(routing, side.valid_BT)
-        ffn, free = terms_E.tensor_split([config.num_experts])
-        losses = {"load_balance": config.aux_coef * (ffn.sum() + config.tau * free.sum())} if config.aux_coef else {}
+        of_ffn_NK = index_NK < config.num_experts
+        if self.room is not None and side.draws:
+            room_NK = self.room(routing, side).flatten(0, 1)
+            of_ffn_NK, weights_NK = of_ffn_NK & room_NK, weights_NK * room_NK
+        u_ND = self.expert_input(x_BTD.flatten(0, 1))
+        out_ND = self.run_experts(u_ND, index_NK, weights_NK, of_ffn_NK)
+        out_ND = out_ND + self.run_free(upcast(u_ND), index_NK, weights_NK)
+        losses: dict[str, Tensor] = {}
+        if config.aux_coef:
+            terms_E = self.balance.terms(routing.probs_BTE, routing.index_BTK, valid_BT)
+            ffn, free = terms_E.tensor_split([config.num_experts])
+            losses["load_balance"] = config.aux_coef * (ffn.sum() + config.tau * free.sum())
+        load_E = self.balance.load(routing.index_BTK, None, valid_BT, config.num_total)
         writes = {LOGITS: logits_BTE} if self.writes else {}
         return Result(out_ND.to(x_BTD.dtype).view_as(x_BTD), writes, losses, {"expert_load": load_E})
 
     def expert_input(self, x_ND: Tensor) -> Tensor:
         return x_ND
-
-    def run_ffn(self, u_ND: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """The FFN experts' share, [N, D]. How many picks they have is read on the host: it sets the shape."""
-        index_M = index_NK.flatten()
-        pick_P = (index_M < self.config.num_experts).nonzero().squeeze(-1)
-        rows_PD = take_picks(u_ND, index_NK.shape[1], pick_P)
-        y_PD = self.dispatch(rows_PD, index_M.index_select(0, pick_P), self.experts)
-        return sum_picks(y_PD, weights_NK, pick_P)
 
     def run_free(self, u_ND: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The share of the constant and copy experts, [N, D]; zero experts add nothing."""

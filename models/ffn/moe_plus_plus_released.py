@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.ffn.moe_plus_plus import MaskedTopK, MoEPlusPlus, MoEPlusPlusConfig
-from models.ffn.routers import LinearRouter, Routing
+from models.ffn.routing import LinearRouter, Routing
 from models.limits import above_zero
 from models.slots import FFN
 

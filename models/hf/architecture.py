@@ -98,6 +98,6 @@ def choose(config: LMConfig) -> Choice:
             found = architecture.differences(config)
         except ValueError:
             continue
-        kinds = sum(difference.key.endswith(".kind") for difference in found)
+        kinds = sum(difference.of_slot for difference in found)
         ranked.append((kinds, len(found), name, Choice(architecture, reason)))
     return min(ranked, key=lambda item: item[:3])[3]

@@ -3,14 +3,18 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from configs.structure import instantiate
 from models.config import LayerConfig, LMConfig
 from models.ffn.moe import MoEConfig
+from models.ffn.routing import RouterConfig
 from models.ffn.swiglu import SwiGLUConfig
 from models.hf.architecture import FFN, MIXER
 from models.hf.links import Link, Stacked, renamed
 from models.mixers.attention import AttentionConfig
 from models.norms.pre import PreNorm
 from models.plugin import Plugin
+from models.routers.deepseek_v2 import DeepSeekV2Config
+from models.routers.mixtral import MixtralConfig
 
 Kind = TypeVar("Kind", bound=Plugin)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -23,7 +27,7 @@ def first(config: LMConfig, cls: type[Kind]) -> Kind:
         for plugin in (layer.mixer, layer.ffn):
             if type(plugin) is cls:
                 return plugin
-    return cls(**cls.example)
+    return instantiate(cls, cls.example)
 
 
 def model_keys(config: LMConfig) -> dict[str, Any]:
@@ -102,12 +106,14 @@ def sparse_layers(config: LMConfig) -> dict[str, Any]:
     """The keys that say which layers route, and how."""
     ffn = first(config, MoEConfig)
     dense = [index for index, layer in enumerate(config.expanded) if not isinstance(layer.ffn, MoEConfig)]
+    normalized, top_k = isinstance(ffn.router, MixtralConfig), getattr(ffn.router, "top_k", 1)
     keys = {
         "num_experts": ffn.num_experts,
-        "num_experts_per_tok": ffn.top_k,
+        "num_experts_per_tok": top_k,
         "moe_intermediate_size": ffn.hidden,
-        "norm_topk_prob": ffn.normalize,
-        "router_aux_loss_coef": ffn.aux_coef,
+        "norm_topk_prob": normalized,
+        # Theirs sums over the picks of a token, of which deepseek_v2 takes the mean.
+        "router_aux_loss_coef": getattr(ffn.router, "aux_coef", 0.0) / (1 if normalized else top_k),
         "decoder_sparse_step": 1,
         "mlp_only_layers": dense,
     }
@@ -118,16 +124,20 @@ def ffns_of(fields: Mapping[str, Any], **settings: Any) -> list[SwiGLUConfig | M
     """The FFN of every layer, as `sparse_layers` describes them."""
     step, dense = fields["decoder_sparse_step"], fields["mlp_only_layers"]
     found: list[SwiGLUConfig | MoEConfig] = []
+    top_k, aux_coef = fields["num_experts_per_tok"], fields["router_aux_loss_coef"]
     for index in range(fields["num_hidden_layers"]):
         if fields["num_experts"] == 0 or index in dense or (index + 1) % step:
             found.append(SwiGLUConfig(fields["intermediate_size"]))
             continue
+        router: RouterConfig
+        if fields["norm_topk_prob"]:
+            router = MixtralConfig(top_k=top_k, aux_coef=aux_coef)
+        else:
+            router = DeepSeekV2Config(top_k=top_k, aux_coef=aux_coef * top_k)
         moe = MoEConfig(
             num_experts=fields["num_experts"],
-            top_k=fields["num_experts_per_tok"],
             hidden=fields["moe_intermediate_size"],
-            normalize=fields["norm_topk_prob"],
-            aux_coef=fields["router_aux_loss_coef"],
+            router=router,
             **settings,
         )
         found.append(moe)

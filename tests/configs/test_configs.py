@@ -34,7 +34,7 @@ def test_debug_file_steps(path: Path) -> None:
     initialize(model, seed=0)
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(config.model.vocab_size, (2, 2, 16), generator=generator)
-    out = model(tokens, targets)
+    out = model(tokens, targets, keys_B=torch.arange(2))
     assert out.loss is not None and out.count == targets.numel()
     (out.loss / out.count).backward()
     for name, parameter in model.named_parameters():
@@ -48,7 +48,7 @@ def test_large_file_steps_on_the_meta_device(path: Path) -> None:
     with torch.device("meta"):
         model = LM(config.model).to(torch.bfloat16)
         tokens = torch.empty(config.train.micro_batch, min(config.data.sequence_length, 128), dtype=torch.int64)
-        out = model(tokens, tokens)
+        out = model(tokens, tokens, keys_B=torch.empty(config.train.micro_batch, dtype=torch.int64))
     assert out.loss is not None and out.count is not None
     (out.loss / out.count).backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())

@@ -71,7 +71,7 @@ def numbers(annotation: Any, keys: Keys = (), kind: str = "", choice: Data = NOT
     bare = without_none(annotation)
     if is_slot(bare):
         for name, cls in bare.kinds().items():
-            yield from numbers(cls, keys, name, nested(keys, {"kind": name, **cls.example}))
+            yield from numbers(cls, keys, name, merge(choice, nested(keys, {"kind": name, **cls.example})))
     elif dataclasses.is_dataclass(bare):
         hints = typing.get_type_hints(bare)
         for field in dataclasses.fields(bare):

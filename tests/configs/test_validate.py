@@ -71,7 +71,7 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
         ("model.residual={kind: plain, n: 2}", "model.residual.n: unknown key; plain takes no keys"),
         # missing keys and kinds
         (
-            "model.layers.A.ffn={kind: moe, top_k: 1}",
+            "model.layers.A.ffn={kind: moe, hidden: 1}",
             "model.layers.A.ffn: num_experts is missing; moe needs it, a whole number",
         ),
         ("model.norm={eps: 1}", "model.norm: kind is missing; write kind: and one of peri, post, pre"),

@@ -8,8 +8,9 @@ import torch
 from models.config import LMConfig
 from models.lm import LM, LOSSES
 from models.params import initialize, named_specs
+from models.plugin import plugins_in
 from models.state import Layout, Side
-from tests.contract.tiny import SLOTS, build, describe, draw, every_kind, of_kind
+from tests.contract.tiny import ALL_SLOTS, build, describe, draw, every_kind, of_kind
 
 KINDS = [pytest.param(of_kind(slot, kind), id=f"{slot}-{kind}") for slot, kind in every_kind()]
 KEYS = torch.tensor([5, 6])
@@ -33,8 +34,7 @@ def tokens(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
 
 
 def promise(config: LMConfig, name: str) -> bool:
-    plugins = [plugin for layer in config.expanded for plugin in (layer.mixer, layer.ffn)]
-    return all(getattr(plugin, name) for plugin in plugins)
+    return all(getattr(plugin, name, True) for plugin in plugins_in(config))
 
 
 @pytest.mark.parametrize("config", [*KINDS, *DRAWS])
@@ -162,7 +162,7 @@ def test_state_dict_round_trip(config: LMConfig) -> None:
     assert torch.equal(model(x).logits, other(x).logits)
 
 
-@pytest.mark.parametrize("slot", SLOTS, ids=lambda slot: slot.slot)
+@pytest.mark.parametrize("slot", ALL_SLOTS, ids=lambda slot: slot.slot)
 def test_every_kind_is_documented(slot: type) -> None:
     for kind, config in slot.kinds().items():
         assert config.__doc__ and not config.__doc__.startswith(config.__name__ + "("), f"{slot.slot} {kind}"

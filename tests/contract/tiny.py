@@ -7,6 +7,7 @@ import torch
 
 from configs.structure import instantiate
 from models.config import LMConfig
+from models.ffn.routing import RouterConfig
 from models.lm import LM
 from models.params import initialize
 from models.plugin import Plugin
@@ -31,6 +32,7 @@ SLOTS: tuple[type[Plugin], ...] = (
     ScalingConfig,
     DepthConfig,
 )
+ALL_SLOTS: tuple[type[Plugin], ...] = (*SLOTS, RouterConfig)  # a router stands inside an ffn
 LETTERS = "ABCD"
 # Other settings that a draw may give to a kind; kinds that are not here are drawn with their example alone.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -74,14 +76,22 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "swiglu": ({"hidden": 8},),
     "moe": (
-        {"score": "sigmoid", "scale": 2.5, "stats_group": "microbatch", "shared_gate": True},
-        {"top_k": 1, "normalize": False, "z_coef": 0.01, "shared_hidden": 0},
-        {"num_experts": 8, "top_k": 3, "aux_coef": 0.0},
+        {"num_experts": 8, "shared_gate": True},
+        {"shared_hidden": 0, "capacity_factor": 0.8},
+        {"num_experts": 6, "capacity_factor": 1.2, "capacity_group": "microbatch"},
     ),
+    "mixtral": ({"stats_group": "microbatch", "z_coef": 0.01, "top_k": 3},),
+    "switch": ({"jitter": 0.3, "aux_coef": 0.0},),
+    "deepseek_v2": ({"top_k": 3, "scale": 2.0}, {"top_k": 2, "num_groups": 2, "aux_coef": 0.0}),
+    "deepseek_v3": ({"top_k": 3, "stats_group": "microbatch"}, {"top_k": 2, "num_groups": 2, "balance_rate": 0.0}),
+    "gshard": ({"random_second": False, "z_coef": 0.01},),
+    "expert_choice": ({"capacity_factor": 1.0, "z_coef": 0.01},),
+    "noisy_top_k": ({"load_coef": 0.0, "z_coef": 0.01}, {"top_k": 3, "stats_group": "microbatch"}),
+    "v_moe": ({"top_k": 3, "importance_coef": 0.0},),
     "moe_plus_plus": (
         {"tau": 0.25, "num_zero": 2, "stats_group": "microbatch"},
         {"num_experts": 8, "num_constant": 0, "top_k": 3},
-        {"num_copy": 0, "num_zero": 0, "top_k": 1},
+        {"num_copy": 0, "num_zero": 0, "top_k": 1, "capacity_factor": 1.1},
     ),
     "hyper": ({"streams": 2, "norm": "rms", "activation": "identity"},),
     "hyper_static": ({"streams": 1}, {"streams": 3}),
@@ -129,18 +139,23 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 
 def every_kind() -> list[tuple[str, str]]:
     """(slot, kind) of everything that is discovered."""
-    return [(slot.slot, kind) for slot in SLOTS for kind in slot.kinds()]
+    return [(slot.slot, kind) for slot in ALL_SLOTS for kind in slot.kinds()]
 
 
 def plain(slot: str, kind: str) -> dict[str, Any]:
     """The plain config of a kind's example."""
-    base = next(base for base in SLOTS if base.slot == slot)
+    base = next(base for base in ALL_SLOTS if base.slot == slot)
     return {"kind": kind, **base.of_kind(kind).example}
 
 
 def drawn(slot: str, kind: str, generator: random.Random) -> dict[str, Any]:
     """A kind's example, or one of its variants."""
-    return {**plain(slot, kind), **generator.choice(({}, *VARIANTS.get(kind, ())))}
+    data = {**plain(slot, kind), **generator.choice(({}, *VARIANTS.get(kind, ())))}
+    if isinstance(data.get("router"), dict):
+        words = generator.getstate()[1]
+        inner = random.Random(words[0] + words[-1])  # its own: what else is drawn stays as it was
+        data["router"] = drawn("router", inner.choice(list(RouterConfig.kinds())), inner)
+    return data
 
 
 def build(num_layers: int = 4, **fields: Any) -> LMConfig:
@@ -163,6 +178,9 @@ def hybrid() -> LMConfig:
 
 
 def of_kind(slot: str, kind: str) -> LMConfig:
+    if slot == "router":
+        limited = {} if RouterConfig.of_kind(kind).limits_itself else {"capacity_factor": 0.9}
+        return build(ffn={**plain("ffn", "moe"), "router": plain(slot, kind), **limited})
     fields: dict[str, Any] = {slot: kind}
     return build(**fields)
 

@@ -7,6 +7,7 @@ from torch.func import functional_call
 from models.config import LayerConfig, LMConfig
 from models.ffn.moe import MoE, MoEConfig
 from models.mixers.attention import AttentionConfig
+from models.routers.deepseek_v2 import DeepSeekV2Config
 from models.state import Side
 
 
@@ -20,9 +21,8 @@ def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> d
     rows = int((padding == 0).sum())
 
     def losses(documents: Tensor | None) -> dict[str, Tensor]:
-        moe = MoEConfig(
-            experts, config["top_k"], 1, normalize=False, aux_coef=1.0, z_coef=1.0, stats_group="microbatch"
-        )
+        router = DeepSeekV2Config(top_k=config["top_k"], aux_coef=1.0, z_coef=1.0, stats_group="microbatch")
+        moe = MoEConfig(experts, 1, router)
         model = LMConfig(2, experts, {"M": LayerConfig(AttentionConfig(1, rope="none"), moe)}, "M")
         module = moe.build(model.context(0)).double()
         assert isinstance(module, MoE)
@@ -31,6 +31,7 @@ def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> d
         return functional_call(module, identity, (x_BTD, {}, Side(tokens, tokens, documents))).losses
 
     return {
-        "aux_loss": losses(padding)["load_balance"] / rows,
+        # DeepSeek's loss is the mean over the picks of a token; Switch's, as Mixtral's, is their sum.
+        "aux_loss": losses(padding)["load_balance"] * config["top_k"] / rows,
         "z_loss": losses(None)["router_z"] / padding.numel(),
     }

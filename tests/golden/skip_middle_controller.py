@@ -13,7 +13,7 @@ from models.depth.controllers.l2 import L2Controller
 from models.depth.controllers.proportional import ProportionalController
 from models.depth.controllers.proportional_derivative import ProportionalDerivativeController
 from models.depth.controllers.targets import TargetController
-from models.ffn.balance import LocalReduce
+from models.ffn.groups import Peers
 
 CLASSES: Mapping[str, type[GateController]] = MappingProxyType(
     {
@@ -63,7 +63,7 @@ def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> d
     for gates_LBT in gates:
         gates_BTL = gates_LBT.movedim(0, -1)
         valid_BT = torch.ones(gates_BTL.shape[:2], dtype=torch.bool)
-        loss = penalty(gates_BTL, valid_BT, controller, levels, LocalReduce()) / valid_BT.sum()
+        loss = penalty(gates_BTL, valid_BT, controller, levels, Peers().sum) / valid_BT.sum()
         mean_L, var_L = gates_BTL.detach().mean((0, 1)), gates_BTL.detach().var((0, 1), correction=0)
         levels = controller.update(levels, mean_L, var_L)
         (slope,) = torch.autograd.grad(loss, gates_LBT, retain_graph=True)

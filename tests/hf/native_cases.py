@@ -17,7 +17,7 @@ def attention(**settings: Any) -> dict[str, Any]:
 
 SWIGLU = {"kind": "swiglu", "hidden": 24}
 DELTA = {"kind": "gated_deltanet", "num_heads": 2, "num_value_heads": 4, "head_dim": 4, "expand_v": 2.0}
-MOE = {"kind": "moe", "num_experts": 5, "top_k": 2, "hidden": 8}
+MOE = {"kind": "moe", "num_experts": 5, "hidden": 8, "router": {"kind": "mixtral", "top_k": 2}}
 
 
 def config(pattern: str = "A", repeat: int = 2, eps: float = 1e-3, tied: bool = False, **layers: Any) -> LMConfig:
@@ -51,7 +51,7 @@ CASES: dict[str, LMConfig] = {
     ),
     "qwen3_moe": config(A=(QWEN3, MOE)),
     "qwen3_moe scores as they are, some layers dense": config(
-        pattern="ABA", A=(attention(qk_norm=True, window=5), {**MOE, "normalize": False, "top_k": 3}),
+        pattern="ABA", A=(attention(qk_norm=True, window=5), {**MOE, "router": {"kind": "deepseek_v2", "top_k": 3}}),
         B=(attention(qk_norm=True, window=5), SWIGLU), tied=True, repeat=1,
     ),
     "qwen3_next": config(pattern="GGA", G=(DELTA, SWIGLU), A=(GATED, SWIGLU), repeat=1),

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.config import LMConfig
+from models.decoding import refusals
 from models.hf import formats
 from models.hf.export import ExportConfig, export, write
 from models.lm import LM
@@ -154,6 +155,9 @@ def test_round_trip(case: str, found: Callable[[str], dict[str, Any]]) -> None:
 def test_generation_is_the_forward_pass_step_by_step(case: str, found: Callable[[str], dict[str, Any]]) -> None:
     facts = found(case)
     assert facts["generated"] == facts["stepwise"]
+    if case in CASES and any(refusals(CASES[case])):
+        assert facts["generated"] is None
+        return
     # A tied model repeats itself, because a token's vector is likest its own.
     assert case == "tied" or max(len(set(tokens)) for tokens in facts["stepwise"]) > 1
 

@@ -24,6 +24,7 @@ from trainer.generate import generate
 
 # float64: two orders of summation over a few layers; a wrong operation shows at 1e-3, and a wrong epsilon at 1e-6.
 SUM = 1e-12
+SCALED = {**MOE, "router": {"kind": "deepseek_v2", "scale": 2.0, "top_k": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +120,8 @@ def test_the_config_comes_back(case: str) -> None:
             "llama, layers.A.mixer.rope is none, and llama has half",
         ),
         (
-            native_cases.config(A=(attention(qk_norm=True), {**MOE, "scale": 2.0})),
-            "qwen3_moe, layers.A.ffn.scale is 2.0, and qwen3_moe has 1.0",
+            native_cases.config(A=(attention(qk_norm=True), SCALED)),
+            "qwen3_moe, layers.A.ffn.router.scale is 2.0, and qwen3_moe has 1.0",
         ),
         (
             native_cases.config("AB", A=(attention(window=4), SWIGLU), B=(attention(window=5), SWIGLU)),
@@ -143,10 +144,11 @@ def test_spelling_and_training_make_no_difference() -> None:
     assert choose(plain).architecture.kind == "llama"
     spelled = native_cases.config("BC", 1, B=(full, SWIGLU), C=(full, SWIGLU))
     assert choose(spelled).reason is None
-    trained = {**MOE, "aux_coef": 0.5, "z_coef": 0.1, "stats_group": "microbatch"}
+    router = {"kind": "mixtral", "aux_coef": 0.5, "z_coef": 0.1, "stats_group": "microbatch"}
+    trained = {**MOE, "router": router, "capacity_factor": 1.0}
     assert choose(native_cases.config(A=(attention(qk_norm=True), trained))).reason is None
-    biased = {**MOE, "balance_rate": 0.1}
-    assert "balance_rate is 0.1" in str(choose(native_cases.config(A=(attention(qk_norm=True), biased))).reason)
+    biased = {**MOE, "router": {"kind": "deepseek_v3", "top_k": 2}}
+    assert "router.kind is deepseek_v3" in str(choose(native_cases.config(A=(attention(qk_norm=True), biased))).reason)
 
 
 def test_an_unknown_format_is_refused() -> None:

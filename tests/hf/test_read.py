@@ -181,7 +181,7 @@ def test_configs_that_are_refused(changes: dict[str, Any], sentence: str, tmp_pa
     [
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "layer_types"),
         ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters"),
-        ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "normalize with top_k 1"),
+        ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "top_k is 1, and a softmax over one pick"),
     ],
 )
 def test_other_architectures_refuse_too(case: str, changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:

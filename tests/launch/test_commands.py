@@ -127,7 +127,7 @@ def test_plan_of_the_state(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan_of_a_model_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "model.yaml").write_text(
         "model: {vocab_size: 32, d_model: 16, layers: {A: {mixer: {kind: attention, num_heads: 2}, "
-        "ffn: {kind: moe, num_experts: 4, top_k: 2, hidden: 8}}}, pattern: A, repeat: 2}\n"
+        "ffn: {kind: moe, num_experts: 4, hidden: 8}}}, pattern: A, repeat: 2}\n"
     )
     plan = json.loads(printed(capsys, "plan", str(tmp_path / "model.yaml"), "--state", "--json"))
     assert (plan["sequences"], plan["tokens"]) == (1, 1)

@@ -70,7 +70,14 @@ COMBINATIONS: dict[str, LMConfig] = {
             "M": {"mixer": plain("mixer", "gated_deltanet"), "ffn": plain("ffn", "moe")},
         },
     ),
-    "microbatch_statistics": build(ffn={**plain("ffn", "moe"), "stats_group": "microbatch", "z_coef": 0.01}),
+    "microbatch_statistics": build(
+        ffn={
+            **plain("ffn", "moe"),
+            "router": {"kind": "mixtral", "stats_group": "microbatch", "z_coef": 0.01},
+            "capacity_factor": 0.8,
+            "capacity_group": "microbatch",
+        }
+    ),
 }
 
 

@@ -14,8 +14,8 @@ def test_equal_models() -> None:
     plain = tiny.build(ffn="moe")
     assert differences(plain, plain) == []
     spelled = dataclasses.replace(plain, pattern="AA", repeat=2)
-    moe = {"kind": "moe", "num_experts": 4, "top_k": 2, "hidden": 8, "shared_hidden": 8, "balance_rate": 0.001}
-    trained = tiny.build(ffn={**moe, "aux_coef": 0.5, "z_coef": 0.1, "stats_group": "microbatch"})
+    router = {"kind": "deepseek_v3", "top_k": 2, "aux_coef": 0.5, "z_coef": 0.1, "stats_group": "microbatch"}
+    trained = tiny.build(ffn={**tiny.plain("ffn", "moe"), "router": router, "capacity_factor": 1.0})
     assert differences(spelled, trained) == []
     gated = {"kind": "gated_deltanet", "num_heads": 2, "head_dim": 4}
     assert differences(tiny.build(mixer=gated), tiny.build(mixer={**gated, "num_value_heads": 2})) == []

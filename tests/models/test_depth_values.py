@@ -12,7 +12,7 @@ from models.depth.controllers.base import penalty
 from models.depth.controllers.fixed import FixedController
 from models.depth.controllers.l2 import L2Controller
 from models.depth.skip_middle import SkipMiddleDepth, UngatedKeysSkipMiddleDepth
-from models.ffn.balance import LocalReduce, StatsGroup
+from models.ffn.groups import Peers, StatsGroup
 from models.ffn.swiglu import SwiGLUConfig
 from models.lm import LM
 from models.mixers.attention import AttentionConfig
@@ -191,7 +191,7 @@ def test_prices_of_variances_and_norms_are_their_formulas(group: StatsGroup) -> 
     )
     for controller, formula in controllers:
         levels = {key: torch.full((4,), value, dtype=torch.float64) for key, value in controller.levels().items()}
-        got = penalty(gates_BTL, valid_BT, controller, levels, LocalReduce())
+        got = penalty(gates_BTL, valid_BT, controller, levels, Peers().sum)
         groups = [gates_BTL[part] for part in parts]
         shares = [len(of_group) * formula(of_group.mean(0), of_group.var(0)) for of_group in groups]
         expected = torch.stack(shares).sum()

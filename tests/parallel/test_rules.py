@@ -187,7 +187,9 @@ def test_batch_statistics_do_not_depend_on_how_tokens_are_spread() -> None:
     """'sequence' sees each row, 'microbatch' all rows of one: accumulating row by row changes only the second."""
     losses = {}
     for group in ("sequence", "microbatch"):
-        config = build(ffn={**plain("ffn", "moe"), "stats_group": group, "aux_coef": 1.0})
+        config = build(
+            ffn={**plain("ffn", "moe"), "router": {"kind": "mixtral", "stats_group": group, "aux_coef": 1.0}}
+        )
         engine = Engine(config, Mesh.single(), seed=0, dtype=torch.float64)
         batch = check.make_batch(config, MeshConfig(), check.Settings(packed=False))
         losses[group] = [float(engine.step_gradients(batch, count).losses["load_balance"]) for count in (1, 2)]

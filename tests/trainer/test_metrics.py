@@ -45,7 +45,7 @@ def test_expert_loads_are_the_largest_over_the_mean() -> None:
 
 def test_a_run_with_experts_reports_their_loads(data: Path, tmp_path: Path) -> None:
     config = runs.run_config(data, tmp_path / "run", steps=2)
-    layer = dataclasses.replace(config.model.layers["A"], ffn=MoEConfig(num_experts=4, top_k=2, hidden=16))
+    layer = dataclasses.replace(config.model.layers["A"], ffn=MoEConfig(num_experts=4, hidden=16))
     runs.run(dataclasses.replace(config, model=dataclasses.replace(config.model, layers={"A": layer})))
     loads = metrics.read(tmp_path / "run")[-1]
     assert all(1 <= loads[f"experts/layers.{index}"] <= 4 for index in range(2))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.ffn.balance import StatsGroup
+from models.ffn.groups import StatsGroup
 from models.plugin import Plugin
 
 Levels = dict[str, Tensor]  # by name, one number per layer each
