@@ -5,9 +5,12 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
 from configs.structure import instantiate, to_plain
 from models.config import LMConfig
+from models.ffn.experts import Experts
+from models.lm import LM
 from parallel import check
 from parallel.mesh import MeshConfig
 from parallel.testing import Pool, RankError
@@ -79,6 +82,12 @@ COMBINATIONS: dict[str, LMConfig] = {
         }
     ),
 }
+
+
+def has_experts(slot: str, kind: str) -> bool:
+    """Whether the kind is a way to use experts, and not one that stands beside them."""
+    with torch.device("meta"):
+        return slot in ("ffn", "router") and any(isinstance(m, Experts) for m in LM(of_kind(slot, kind)).modules())
 
 
 def assert_equal(config: LMConfig, mesh: str, pool: Pool, settings: check.Settings | None = None) -> None:
@@ -181,4 +190,11 @@ def test_many_random_combinations(pool: Pool) -> None:
 @pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh not in EVERYDAY and "ep" not in mesh])
 @pytest.mark.parametrize(("slot", "kind"), every_kind())
 def test_every_kind_on_every_mesh(slot: str, kind: str, mesh: str, pool: Pool) -> None:
+    assert_equal(of_kind(slot, kind), mesh, pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "ep" in mesh])
+@pytest.mark.parametrize(("slot", "kind"), [at for at in every_kind() if has_experts(*at)])
+def test_every_kind_with_experts_on_every_mesh_of_them(slot: str, kind: str, mesh: str, pool: Pool) -> None:
     assert_equal(of_kind(slot, kind), mesh, pool)
