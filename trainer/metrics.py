@@ -17,6 +17,7 @@ from trainer.progress import say
 
 METRICS = "metrics.jsonl"
 LOAD = ".ffn.expert_load"
+DROPPED = ".ffn.expert_dropped"
 EVENTS = "tensorboard"
 # Seconds between lines where the output is not a terminal, whose progress line would fill a file.
 QUIET = 15.0
@@ -29,7 +30,8 @@ class StepMetrics:
     tokens: targets seen by the run so far. padding: share of the step's places without a target. mfu: model FLOPs per
     second over what the machine's matrix products reach. memory_gib: rank 0's peak, of its GPU or else of main memory.
     data_wait: share of the step's seconds until its batch was there. losses: those beside the cross-entropy. experts:
-    by layer, the largest expert's load over the mean.
+    by layer, the largest expert's load over the mean. dropped: by layer whose experts have limited room, the share of
+    picks that found none.
     """
 
     step: int
@@ -44,6 +46,7 @@ class StepMetrics:
     data_wait: float
     losses: Mapping[str, float]
     experts: Mapping[str, float]
+    dropped: Mapping[str, float]
 
     @property
     def perplexity(self) -> float:
@@ -51,12 +54,13 @@ class StepMetrics:
 
     def flat(self) -> dict[str, float]:
         """Every value, by "group/name"."""
-        grouped = ("step", "losses", "experts")
+        grouped = ("step", "losses", "experts", "dropped")
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in grouped}
         own = {"loss": own.pop("loss"), "perplexity": self.perplexity, **own, **self.losses}
         return {
             **{f"train/{name}": value for name, value in own.items()},
             **{f"experts/{layer}": value for layer, value in self.experts.items()},
+            **{f"dropped/{layer}": value for layer, value in self.dropped.items()},
         }
 
     def __str__(self) -> str:
@@ -74,6 +78,12 @@ def expert_loads(stats: Mapping[str, Tensor]) -> dict[str, float]:
     # Loads are whole numbers, of which torch makes no mean.
     loads = {name.removesuffix(LOAD): load.double() for name, load in stats.items() if name.endswith(LOAD)}
     return {name: float(load.max() / load.mean()) for name, load in loads.items() if load.sum() > 0}
+
+
+def dropped_picks(stats: Mapping[str, Tensor]) -> dict[str, float]:
+    """By layer whose experts have limited room: the share of its picks that found none."""
+    dropped = {name.removesuffix(DROPPED): float(x.sum()) for name, x in stats.items() if name.endswith(DROPPED)}
+    return {layer: count / max(1.0, float(stats[layer + LOAD].sum())) for layer, count in dropped.items()}
 
 
 class Silent:

@@ -7,6 +7,7 @@ E experts, G = R*S groups at most, M = R*S*K picks.
 import torch
 from torch import Tensor
 
+from models.ffn.balance import count_picks
 from models.ffn.groups import Grouped, StatsGroup
 from models.ffn.routing import Routing
 from models.state import Side
@@ -28,9 +29,8 @@ class Room(Grouped):
     @torch.no_grad()
     def forward(self, routing: Routing, side: Side) -> Tensor:
         """The picks that find room, bool [B, T, K]: of valid tokens, and of those that the routing keeps."""
-        index_BTK, valid_BT = routing.index_BTK, side.valid_BT
-        asked_BTK = valid_BT[..., None] if routing.keep_BTK is None else routing.keep_BTK & valid_BT[..., None]
-        labels_BT = valid_BT.long() - 1
+        index_BTK, asked_BTK = routing.index_BTK, asked(routing, side)
+        labels_BT = side.valid_BT.long() - 1
         if self.by_document and side.documents_BT is not None:
             labels_BT = side.documents_BT
         own = torch.cat([index_BTK.where(asked_BTK, -1), labels_BT[..., None]], dim=-1)
@@ -48,6 +48,10 @@ class Room(Grouped):
         place_RSK = places(queue_RSK.flatten(), priority_M).view_as(picked_RSK)
         return self.peers.own((place_RSK < room_RSK) & (picked_RSK >= 0))
 
+    def dropped(self, routing: Routing, fits_BTK: Tensor, side: Side) -> Tensor:
+        """This rank's picks that found no room, of each expert, [E]."""
+        return count_picks(routing.index_BTK, asked(routing, side) & ~fits_BTK, len(self.numerators)).sum(0)
+
     def numbers(self, labels_RS: Tensor) -> Tensor:
         """The number of each token's group, below R*S."""
         if self.group == "microbatch":
@@ -58,6 +62,12 @@ class Room(Grouped):
             return first_R1.expand_as(labels_RS)
         starts_RS = labels_RS.diff(dim=1, prepend=labels_RS[:, :1]) != 0
         return first_R1 + starts_RS.cumsum(1)
+
+
+def asked(routing: Routing, side: Side) -> Tensor:
+    """The picks that want room, bool [B, T, K] or [B, T, 1]."""
+    valid_BT1 = side.valid_BT[..., None]
+    return valid_BT1 if routing.keep_BTK is None else routing.keep_BTK & valid_BT1
 
 
 def places(queue_M: Tensor, priority_M: Tensor | None) -> Tensor:

@@ -94,9 +94,10 @@ class MoE(RoutedFFN):
 
     def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
         routing, losses, load_E = self.router(x_BTD, side)
-        keep_BTK = routing.keep_BTK
+        keep_BTK, stats = routing.keep_BTK, {"expert_load": load_E}
         if self.room is not None and side.draws:
             keep_BTK = self.room(routing, side)
+            stats["expert_dropped"] = self.room.dropped(routing, keep_BTK, side)
         x_ND = x_BTD.flatten(0, 1)
         keep_NK = None if keep_BTK is None else keep_BTK.flatten(0, 1)
         out_ND = self.run_experts(x_ND, routing.index_BTK.flatten(0, 1), routing.weights_BTK.flatten(0, 1), keep_NK)
@@ -106,7 +107,7 @@ class MoE(RoutedFFN):
             if self.shared_gate is not None:
                 shared_ND = shared_ND * self.shared_gate(x_ND).sigmoid()
             out_ND = out_ND + shared_ND
-        return Result(out_ND.view_as(x_BTD), losses=losses, stats={"expert_load": load_E})
+        return Result(out_ND.view_as(x_BTD), losses=losses, stats=stats)
 
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
         self.router.after_step(stats)

@@ -166,8 +166,11 @@ class MoEPlusPlus(RoutedFFN):
         routing, valid_BT = self.select(logits_BTE), side.valid_BT
         index_NK, weights_NK = routing.index_BTK.flatten(0, 1), routing.weights_BTK.flatten(0, 1)
         of_ffn_NK = index_NK < config.num_experts
+        stats = {"expert_load": self.balance.load(routing.index_BTK, None, valid_BT, config.num_total)}
         if self.room is not None and side.draws:
-            room_NK = self.room(routing, side).flatten(0, 1)
+            fits_BTK = self.room(routing, side)
+            stats["expert_dropped"] = self.room.dropped(routing, fits_BTK, side)
+            room_NK = fits_BTK.flatten(0, 1)
             of_ffn_NK, weights_NK = of_ffn_NK & room_NK, weights_NK * room_NK
         u_ND = self.expert_input(x_BTD.flatten(0, 1))
         out_ND = self.run_experts(u_ND, index_NK, weights_NK, of_ffn_NK)
@@ -177,9 +180,8 @@ class MoEPlusPlus(RoutedFFN):
             terms_E = self.balance.terms(routing.probs_BTE, routing.index_BTK, valid_BT)
             ffn, free = terms_E.tensor_split([config.num_experts])
             losses["load_balance"] = config.aux_coef * (ffn.sum() + config.tau * free.sum())
-        load_E = self.balance.load(routing.index_BTK, None, valid_BT, config.num_total)
         writes = {LOGITS: logits_BTE} if self.writes else {}
-        return Result(out_ND.to(x_BTD.dtype).view_as(x_BTD), writes, losses, {"expert_load": load_E})
+        return Result(out_ND.to(x_BTD.dtype).view_as(x_BTD), writes, losses, stats)
 
     def expert_input(self, x_ND: Tensor) -> Tensor:
         return x_ND

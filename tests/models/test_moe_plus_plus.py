@@ -1,17 +1,22 @@
 """MoE++ against a loop over tokens, its gating residual, and what it does not compute."""
 
 import dataclasses
+import math
+from collections.abc import Collection
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from models.config import LayerConfig, LMConfig
+from models.ffn import experts as experts_file
 from models.ffn.experts import Experts
 from models.ffn.moe_plus_plus import LOGITS, MoEPlusPlus, MoEPlusPlusConfig
 from models.ffn.moe_plus_plus_released import MoEPlusPlusReleasedConfig
 from models.ffn.swiglu import SwiGLUConfig
+from models.kernels.grouped_mm import grouped_mm
 from models.lm import LM
 from models.mixers.attention import AttentionConfig
 from models.params import initialize
@@ -73,9 +78,13 @@ def expert(module: MoEPlusPlus, e: int, x_D: Tensor) -> Tensor:
 
 
 def oracle(
-    module: MoEPlusPlus, x_BTD: Tensor, before_BTE: Tensor | None, valid: list[list[bool]]
+    module: MoEPlusPlus,
+    x_BTD: Tensor,
+    before_BTE: Tensor | None,
+    valid: list[list[bool]],
+    dropped: Collection[tuple[int, int, int]] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output, logits, loss, load) one token and one expert at a time."""
+    """(output, logits, loss, load) one token and one expert at a time. dropped: (row, token, expert) without room."""
     config, count = module.config, module.config.num_total
     where = [(b, t) for b in range(x_BTD.shape[0]) for t in range(x_BTD.shape[1])]
     out, logits, probs, picks = {}, {}, {}, {}
@@ -88,7 +97,7 @@ def oracle(
         picks[at] = sorted(range(count), key=lambda e: -probs[at][e].item())[: config.top_k]
         counted = [e for e in picks[at] if e < count - config.num_zero]
         total = sum(probs[at][e] for e in counted)
-        terms = [probs[at][e] / total * expert(module, e, x_BTD[at]) for e in counted]
+        terms = [probs[at][e] / total * expert(module, e, x_BTD[at]) for e in counted if (*at, e) not in dropped]
         out[at] = sum(terms, torch.zeros_like(x_BTD[at]))
     valid_at = [(b, t) for b, t in where if valid[b][t]]
     rows = [[at for at in valid_at if at[0] == b] for b in range(x_BTD.shape[0])]
@@ -165,21 +174,78 @@ def test_routers_of_another_size_do_not_see_each_other() -> None:
     assert [bool(ffn.writes) for ffn in ffns] == [False, False, True, False]
 
 
-def test_only_picks_of_ffn_experts_are_dispatched() -> None:
+@pytest.mark.parametrize("capacity", [None, 1.1, 0.6])
+def test_only_picks_of_ffn_experts_are_permuted_and_multiplied(capacity: float | None) -> None:
     shape, config = SIZES["plain"]
-    module, x, side = chain(config, shape[2])[0], inputs(shape), side_of(shape)
-    seen: list[Tensor] = []
-    local = module.dispatch
+    module, x = chain(dataclasses.replace(config, capacity_factor=capacity), shape[2])[0], inputs(shape)
+    side = side_of(shape).with_keys(torch.arange(shape[0]))
+    local, permuted, multiplied = module.dispatch, [], []
 
-    def spy(x_MD: Tensor, expert_M: Tensor, experts: Experts) -> Tensor:
-        seen.append(expert_M)
+    def dispatch(x_MD: Tensor, expert_M: Tensor, experts: Experts) -> Tensor:
+        permuted.extend(expert_M.tolist())
         return local(x_MD, expert_M, experts)
 
-    module.dispatch = spy
-    module(x, {}, side)
+    def product(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
+        multiplied.append(counts_E.tolist())
+        assert sum(multiplied[-1]) == len(a_MK)
+        return grouped_mm(a_MK, b_EKN, counts_E)
+
+    module.dispatch = dispatch
+    with mock.patch.object(experts_file, "grouped_mm", product):
+        module(x, {}, side)
     index = module.select(module.router(x)).index_BTK
-    assert (seen[0] < config.num_experts).all()
-    assert len(seen[0]) == (index < config.num_experts).sum() < index.numel()
+    late = without_room(config, index.tolist(), side.valid_BT.tolist(), capacity) if capacity else set()
+    padding = capacity is not None  # where room is limited, padding takes none
+    wanted = [
+        e
+        for b, row in enumerate(index.tolist())
+        for t, picks in enumerate(row)
+        for e in picks
+        if e < config.num_experts and (b, t, e) not in late and (side.valid_BT[b, t] or not padding)
+    ]
+    assert sorted(permuted) == sorted(wanted) and 0 < len(wanted) < index.numel()
+    assert multiplied == [[wanted.count(e) for e in range(config.num_experts)]] * 3
+
+
+def without_room(
+    config: MoEPlusPlusConfig, index: list[list[list[int]]], valid: list[list[bool]], capacity: float
+) -> set[tuple[int, int, int]]:
+    """(row, token, expert) of the picks that come too late."""
+    ffn, free, tau = config.num_experts, config.num_total - config.num_experts, config.tau
+    where = [(b, t, e) for b, row in enumerate(index) for t, picks in enumerate(row) if valid[b][t] for e in picks]
+    rows = [[at for at in where if at[0] == b] for b in range(len(index))]
+    late = set()
+    for group in [where] if config.capacity_group == "microbatch" else rows:
+        share = capacity * len(group) / (tau * ffn + free)
+        left = [max(1, math.floor(share * (tau if e < ffn else 1))) for e in range(ffn + free)]
+        for at in group:
+            late |= set() if left[at[2]] > 0 else {at}
+            left[at[2]] -= 1
+    return late
+
+
+@pytest.mark.parametrize("group", ["sequence", "microbatch"])
+def test_room_equals_a_queue_at_every_expert(group: Any) -> None:
+    shape = (3, 9, 6)
+    config = MoEPlusPlusConfig(4, 5, **AUX, capacity_factor=0.8, capacity_group=group)
+    module, x = chain(config, shape[2])[0], inputs(shape)
+    side = side_of(shape).with_keys(torch.arange(shape[0]))
+    result, valid = module(x, {}, side), side.valid_BT
+    index = module.select(module.router(x)).index_BTK
+    late = without_room(config, index.tolist(), valid.tolist(), 0.8)
+    out, _, loss, load = oracle(module, x, None, valid.tolist(), late)
+    experts = [e for _, _, e in late]
+    assert min(experts) < config.num_experts <= max(experts), "FFN experts and others have dropped some"
+    assert result.stats["expert_dropped"].tolist() == [experts.count(e) for e in range(config.num_total)]
+    assert torch.equal(result.stats["expert_load"], load)
+    shown = valid[..., None]
+    torch.testing.assert_close(result.out_BTD * shown, out * shown, rtol=1e-12, atol=1e-12)
+    cotangent = inputs(shape, seed=2).detach() * shown
+    leaves = [x, *module.parameters()]
+    got = torch.autograd.grad((result.out_BTD * cotangent).sum() + result.losses["load_balance"], leaves)
+    expected = torch.autograd.grad((out * cotangent).sum() + loss, leaves)
+    for value, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize(("chosen", "expected"), [("copy", 1.0), ("zero", 0.0)])

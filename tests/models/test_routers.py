@@ -189,6 +189,8 @@ def test_training_equals_a_loop_over_tokens(kind: str, room: str, monkeypatch: p
     counted = [tokens[at].picks[k] for at, k in asked]
     assert result.stats["expert_load"].tolist() == [counted.count(e) for e in range(EXPERTS)]
     if room != "dropless":
+        late = [tokens[at].picks[k] for at, k in asked - kept]
+        assert result.stats["expert_dropped"].tolist() == [late.count(e) for e in range(EXPERTS)]
         assert 2 < len(kept) < len(asked) - 2, "there is something to serve and something to drop"
         earlier = set().union(*(served("", tokens, group) for group in groups))
         assert (kept != earlier) == (kind in ("gshard", "v_moe")), "who comes first matters"

@@ -17,7 +17,7 @@ from parallel.mesh import Mesh
 from tests.trainer import runs
 from trainer import metrics
 from trainer.bench import bench
-from trainer.metrics import expert_loads
+from trainer.metrics import dropped_picks, expert_loads
 from trainer.profiling import ProfileConfig
 
 
@@ -43,12 +43,21 @@ def test_expert_loads_are_the_largest_over_the_mean() -> None:
     assert expert_loads({**stats, "layers.0.depth.gate": torch.ones(())}) == {"layers.1": 1.5}
 
 
+def test_dropped_picks_are_a_share_of_all_picks() -> None:
+    loads = {"layers.1": torch.tensor([3, 1, 4]), "layers.2": torch.zeros(2, dtype=torch.int64)}
+    stats = {f"{layer}.ffn.expert_load": load for layer, load in loads.items()}
+    assert dropped_picks(stats) == {}
+    stats |= {"layers.1.ffn.expert_dropped": torch.tensor([1, 0, 1]), "layers.2.ffn.expert_dropped": torch.zeros(2)}
+    assert dropped_picks(stats) == {"layers.1": 0.25, "layers.2": 0.0}
+
+
 def test_a_run_with_experts_reports_their_loads(data: Path, tmp_path: Path) -> None:
     config = runs.run_config(data, tmp_path / "run", steps=2)
-    layer = dataclasses.replace(config.model.layers["A"], ffn=MoEConfig(num_experts=4, hidden=16))
+    layer = dataclasses.replace(config.model.layers["A"], ffn=MoEConfig(num_experts=4, hidden=16, capacity_factor=0.8))
     runs.run(dataclasses.replace(config, model=dataclasses.replace(config.model, layers={"A": layer})))
     loads = metrics.read(tmp_path / "run")[-1]
     assert all(1 <= loads[f"experts/layers.{index}"] <= 4 for index in range(2))
+    assert all(0.2 <= loads[f"dropped/layers.{index}"] < 1 for index in range(2)), "a fifth finds no room at best"
 
 
 def test_the_profiler_writes_a_trace_of_its_steps(data: Path, tmp_path: Path) -> None:
