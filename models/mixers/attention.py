@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.context import LayerContext
-from models.kernels.attention import as_bias, as_gated_bias, attend, attend_causal, visibility
+from models.kernels.attention import Attend, Softmax, as_bias, as_gated_bias, visibility
 from models.limits import at_least, head_width
 from models.params import Axis, Linear, RMSNorm
 from models.rope import angles, rotate_half, rotate_interleaved
@@ -64,14 +64,18 @@ class AttentionConfig(MixerConfig, kind="attention"):
         return dataclasses.replace(same, rope_theta=AttentionConfig.rope_theta, rope_fraction=1.0)
 
     def build(self, ctx: LayerContext) -> Mixer:
-        head_dim = head_width(ctx.d_model, self.num_heads, self.head_dim)
+        return Attention(self, ctx, self.built_head_dim(ctx.d_model))
+
+    def built_head_dim(self, d_model: int) -> int:
+        """A head's width. Raises ValueError where it does not fit d_model or the rotation."""
+        head_dim = head_width(d_model, self.num_heads, self.head_dim)
         rotated = int(head_dim * self.rope_fraction)
         if self.rope != "none" and (rotated % 2 or not rotated):
             raise ValueError(
                 f"rope would turn {rotated} of a head's {head_dim} channels, and it turns pairs; "
                 "change head_dim or rope_fraction, or use rope none"
             )
-        return Attention(self, ctx, head_dim)
+        return head_dim
 
     def value_shape(self, d_model: int) -> tuple[int, int]:
         return self.num_kv_heads or self.num_heads, self.head_dim or d_model // self.num_heads
@@ -83,6 +87,8 @@ class AttentionConfig(MixerConfig, kind="attention"):
 
 
 class Attention(Mixer):
+    """`reading` is what a relative of softmax attention has of its own."""
+
     def __init__(self, config: AttentionConfig, ctx: LayerContext, head_dim: int) -> None:
         super().__init__()
         self.config, self.head_dim = config, head_dim
@@ -109,40 +115,50 @@ class Attention(Mixer):
         kept = {} if self.gate is None else {"gate": self.gate(views.q_BTD)}
         return Projected({"q": q, "k": k, "v": v}, kept)
 
+    def reading(self, heads: dict[str, Tensor], weights: dict[str, Tensor]) -> Attend:
+        """From scores to outputs. heads, weights: as `core` sees them, before positions."""
+        return Softmax()
+
+    def turned(self, q_BTHK: Tensor, k_BTJK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys with their positions."""
+        config = self.config
+        if config.rope == "none":
+            return q_BTHK, k_BTJK
+        rotate = rotate_half if config.rope == "half" else rotate_interleaved
+        rotated = int(self.head_dim * config.rope_fraction)
+        dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+        cos, sin = angles(positions_BT, rotated, config.rope_theta, dtype)
+        return rotate(q_BTHK, cos, sin), rotate(k_BTJK, cos, sin)
+
     def core(
         self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
     ) -> tuple[Tensor, Cache | None]:
-        q_BTHK, k_BSJK, v_BSJV = heads["q"], heads["k"], heads["v"]
-        config = self.config
-        if config.rope != "none":
-            rotate = rotate_half if config.rope == "half" else rotate_interleaved
-            rotated = int(self.head_dim * config.rope_fraction)
-            dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-            cos, sin = angles(side.positions_BT, rotated, config.rope_theta, dtype)
-            q_BTHK, k_BSJK = rotate(q_BTHK, cos, sin), rotate(k_BSJK, cos, sin)
-        gate_BS = heads.get(KEY_GATE)
+        read, positions_BT, window = self.reading(heads, weights), side.positions_BT, self.config.window
+        q_BTHK, k_BSJK = self.turned(heads["q"], heads["k"], positions_BT)
+        v_BSJV, gate_BS = heads["v"], heads.get(KEY_GATE)
         if cache is None and gate_BS is None:
             documents_BT = None if side.documents is None else side.documents_BT
-            return attend_causal(q_BTHK, k_BSJK, v_BSJV, side.positions_BT, documents_BT, config.window), None
-        documents_BS = side.documents_BT if side.documents is not None else torch.zeros_like(side.positions_BT)
+            return read.causal(q_BTHK, k_BSJK, v_BSJV, positions_BT, documents_BT, window), None
+        documents_BS = side.documents_BT if side.documents is not None else torch.zeros_like(positions_BT)
         assert documents_BS is not None
-        keys: Cache = {"k": k_BSJK, "v": v_BSJV, "positions": side.positions_BT, "documents": documents_BS}
+        keys: Cache = {"k": k_BSJK, "v": v_BSJV, "positions": positions_BT, "documents": documents_BS}
         if ALL_VALUES in heads:
             del keys["v"]
         if gate_BS is not None:
             keys[KEY_GATE] = gate_BS
-        if not cache and side.documents is None and config.window is None and gate_BS is None:
-            return attend(q_BTHK, k_BSJK, v_BSJV, None), keys  # a prompt needs no mask of T x T elements
+        if not cache and side.documents is None and window is None and gate_BS is None:
+            # A prompt needs no mask of T x T elements.
+            return read.causal(q_BTHK, k_BSJK, v_BSJV, positions_BT, None, None), keys
         if cache:
             keys = {name: torch.cat([cache[name], new], dim=1) for name, new in keys.items()}
-        visible_BTS = visibility(side.positions_BT, documents_BS, keys["positions"], keys["documents"], config.window)
+        visible_BTS = visibility(positions_BT, documents_BS, keys["positions"], keys["documents"], window)
         if gate_BS is None:
             bias_BTS = as_bias(visible_BTS, q_BTHK.dtype)
         else:
-            distance_BTS = side.positions_BT[:, :, None] - keys["positions"][:, None]
+            distance_BTS = positions_BT[:, :, None] - keys["positions"][:, None]
             bias_BTS = as_gated_bias(visible_BTS, distance_BTS, keys[KEY_GATE], q_BTHK.dtype)
         v_BSJV = heads.get(ALL_VALUES, keys.get("v", v_BSJV))
-        return attend(q_BTHK, keys["k"], v_BSJV, bias_BTS), None if cache is None else keys
+        return read.masked(q_BTHK, keys["k"], v_BSJV, bias_BTS), None if cache is None else keys
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
         out = out_BTHV.flatten(-2)

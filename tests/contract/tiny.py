@@ -42,6 +42,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"num_kv_heads": 1, "rope": "none"},
         {"num_heads": 4, "num_kv_heads": None, "qk_norm": True, "qkv_bias": True},
     ),
+    "clipped_softmax": ({"gamma": -0.2, "zeta": 1.1, "window": 3}, {"num_kv_heads": 1, "rope": "none"}),
+    "gated_attention": (
+        {"gate": {"kind": "values", "activation": "silu"}, "output_gate": True, "num_kv_heads": 1},
+        {"gate": {"kind": "keys", "per": "head"}, "num_kv_heads": None, "window": 3},
+        {"gate": {"kind": "queries"}, "qk_norm": True},
+        {"gate": {"kind": "dense"}},
+        {"gate": {"kind": "slice"}},
+        {"gate": {"kind": "constant", "start": 0.9}},
+    ),
+    "persistent_memory": ({"slots": 3, "window": 3, "num_kv_heads": 1}, {"rope": "none", "output_gate": True}),
     "mla": (
         {"query_latent_dim": 5, "rope": "half", "value_dim": 3},
         {"rope": "none", "shared_dim": 3, "num_heads": 8},

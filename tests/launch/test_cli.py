@@ -103,8 +103,8 @@ ALL = (
         (
             ["plugins", "mxer"],
             "there is no slot 'mxer'; did you mean mixer? "
-            "the slots are mixer, ffn, router, norm, residual, values, shortcut, scaling, depth, controller, "
-            "task, packing, optim, schedule",
+            "the slots are mixer, attention_gate, ffn, router, norm, residual, values, shortcut, scaling, depth, "
+            "controller, task, packing, optim, schedule",
         ),
         (["eval", "nope"], "nope has no checkpoint; give the folder of a run that has saved one"),
         (["export", "nope", "out"], "nope has no checkpoint; give the folder of a run that has saved one"),

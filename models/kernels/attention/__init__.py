@@ -1,7 +1,9 @@
-"""Causal attention over packed documents: the way that is fast on the device at hand.
+"""Causal attention over packed documents: the way that is fast on the device at hand, and what may take its place.
 
 Shape suffixes: B batch, T sequence, H query heads, J key/value heads, K key and V value width of a head.
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from models.kernels.attention.blocked import attend_blocked
 from models.kernels.attention.reference import as_bias, as_gated_bias, attend, visibility
 
-__all__ = ["as_bias", "as_gated_bias", "attend", "attend_causal", "visibility"]
+__all__ = ["Attend", "Softmax", "as_bias", "as_gated_bias", "attend", "attend_causal", "visibility"]
 
 
 def attend_causal(
@@ -32,3 +34,28 @@ def attend_causal(
         documents_BT = torch.zeros_like(positions_BT)
     visible = visibility(positions_BT, documents_BT, positions_BT, documents_BT, window)
     return attend(q_BTHK, k_BTJK, v_BTJV, as_bias(visible, q_BTHK.dtype))
+
+
+class Attend(Protocol):
+    """What weighs values by scores q k / sqrt(K), two ways to the same numbers. Both return [B, T, H, V]."""
+
+    def causal(
+        self,
+        q_BTHK: Tensor,
+        k_BTJK: Tensor,
+        v_BTJV: Tensor,
+        positions_BT: Tensor,
+        documents_BT: Tensor | None,
+        window: int | None,
+    ) -> Tensor:
+        """As `attend_causal`: tokens lie in the order of their positions."""
+        ...
+
+    def masked(self, q_BTHK: Tensor, k_BSJK: Tensor, v_BSJV: Tensor, bias_BTS: Tensor) -> Tensor:
+        """Over any keys. bias_BTS is added to the scores; -inf hides a key."""
+        ...
+
+
+class Softmax:
+    causal = staticmethod(attend_causal)
+    masked = staticmethod(attend)
