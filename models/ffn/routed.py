@@ -31,7 +31,7 @@ class RoutedFFN(FFN):
         """
         if keep_NK is None or keep_NK.is_meta:
             y_MD = self.dispatch(x_ND.repeat_interleave(index_NK.shape[1], 0), index_NK.flatten(), self.experts)
-            return (upcast(y_MD).view(*index_NK.shape, -1) * weights_NK[..., None]).sum(1)
+            return (upcast(y_MD).view(*index_NK.shape, y_MD.shape[-1]) * weights_NK[..., None]).sum(1)
         token_P, pick_P = keep_NK.nonzero().unbind(1)
         slot_P = (keep_NK.cumsum(1) - 1)[token_P, pick_P]
         slots = int(slot_P.max()) + 1 if len(slot_P) else 1

@@ -79,7 +79,8 @@ def oracle(mixer: Attention, x_BTD: Tensor, side: Side, gate_BT: Tensor | None =
                     k = turn(head("k", h // per_key, x_BTD[b, s]), int(side.positions_BT[b, s]), config)
                     weight = (q @ k / math.sqrt(size)).exp()
                     if gate_BT is not None:
-                        weight = weight * max(float(gate_BT[b, s]), 1e-6)
+                        gate = float(gate_BT[b, s])
+                        weight = weight * (gate if gate or s != t else 1.0)  # a closed key sees itself
                     total, mixed = total + weight, mixed + weight * head("v", h // per_key, x_BTD[b, s])
                 parts.append(mixed / total)
             out = torch.cat(parts)
