@@ -13,6 +13,7 @@ from models.residual.ladder import LadderResidual
 from models.residual.mhc import ManifoldHyperConnections
 from models.residual.mhc_lite import LiteManifoldHyperConnections
 from models.residual.mhc_per_stream import PerStreamManifoldHyperConnections
+from models.residual.midpoint import MidpointResidual
 from models.residual.mudd import MUDDConnections
 from models.residual.mudd_prepost import PrePostMUDD
 from models.residual.plain import PlainResidual
@@ -30,6 +31,7 @@ VARIANTS: dict[str, ResidualConfig] = {
     "mhc-2": ManifoldHyperConnections(streams=2, iterations=3),
     "mhc_per_stream-3": PerStreamManifoldHyperConnections(streams=3),
     "mhc_lite-2": LiteManifoldHyperConnections(streams=2),
+    "midpoint-grid": MidpointResidual(grid_bits=44),
     "mudd-released": MUDDConnections(separate_norms=False, hidden_round=64, expand_last=4),
     "mudd-2x2": MUDDConnections(dilation=2, period=2),
     "mudd-sw1": MUDDConnections(window=1),

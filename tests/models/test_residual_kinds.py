@@ -8,25 +8,25 @@ from torch import Tensor, nn
 
 from models.params import named_specs
 from models.residual.denseformer import DenseFormer
-from models.residual.fixed_point import check_bits, on_grid
 from models.residual.hyper import HyperConnections
 from models.residual.hyper_fractional import FractionalHyperConnections
 from models.residual.ladder import LadderResidual
 from models.residual.mhc import ManifoldConfig, ManifoldHyper, ManifoldHyperConnections
 from models.residual.mhc_lite import LiteManifoldHyperConnections
 from models.residual.mhc_per_stream import PerStreamManifoldHyperConnections
+from models.residual.midpoint import MidpointResidual
 from models.residual.mudd import DepthAggregate, MUDDConnections
 from models.residual.mudd_prepost import PrePostMUDD
 from models.residual.parallel import ParallelResidual, ParallelResidualTwoNorms
 from models.residual.past import Selection
 from models.residual.plain import PlainResidual
-from models.residual.reversible import Reversible, ReversibleResidual
+from models.residual.reversible import ReversibleResidual
 from models.residual.sinkhorn import sinkhorn
 from models.scaling.rezero import ReZero
 from models.shortcuts.laurel import Laurel
 from models.slots import Connection, ResidualConfig
 from models.state import Side, Views
-from tests.connections import apply, causal_mean, context
+from tests.connections import apply, context
 from tests.models.residuals import build, perturb, tokens
 
 
@@ -194,45 +194,6 @@ def test_mudd_rounds_a_multiple_up_as_the_released_models_do() -> None:
     assert [config.hidden(4, 3), config.hidden(4, 16), config.hidden(1, 16)] == [64, 128, 128]
 
 
-def test_reversible_streams_on_a_grid_are_restored_bit_for_bit() -> None:
-    depth, width = 48, 16
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(depth, 2, width, width, generator=generator) / width**0.5
-    kind = ReversibleResidual(grid_bits=14)
-
-    def branches(index: int):
-        yield "mixer", lambda u: torch.tanh(causal_mean(u) @ weights[index, 0])
-        yield "ffn", lambda u: torch.tanh(u @ weights[index, 1])
-
-    steps = [
-        (kind.connect(context(width, index, depth), name, nn.Identity()), branch)
-        for index in range(depth)
-        for name, branch in branches(index)
-    ]
-    first = state = kind.open(width)(torch.randn(2, 8, width, generator=generator))
-    for connection, branch in steps:
-        state = apply(connection, {}, state, branch)
-    assert state["x1"].abs().max() > first["x1"].abs().max()
-    for connection, branch in reversed(steps):
-        assert isinstance(connection, Reversible)
-        state = connection.undo(state, branch(connection.read(state)[0].q_BTD))
-    assert torch.equal(state["x1"], first["x1"]) and torch.equal(state["x2"], first["x2"])
-
-
-def test_grid_rounds_exactly_and_passes_gradients_straight() -> None:
-    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    y = on_grid(x, 14)
-    assert torch.equal(y * 2**14, torch.round(x * 2**14))
-    (gradient,) = torch.autograd.grad((y * x.detach()).sum(), x)
-    assert torch.equal(gradient, x.detach())
-
-
-def test_grid_needs_digits() -> None:
-    check_bits(14, torch.float32)
-    with pytest.raises(ValueError, match="grid_bits is 14 and the stream is torch"):
-        check_bits(14, torch.bfloat16)
-
-
 def test_shortcuts_need_one_identity_path() -> None:
     with pytest.raises(ValueError, match="shortcut laurel acts on one identity path, which residual hyper does not"):
         build(HyperConnections(), shortcut=Laurel(2))
@@ -260,6 +221,8 @@ def test_laurel_and_rezero_start_as_the_identity_and_learn(residual: ResidualCon
         (lambda: MUDDConnections(hidden_round=0), "hidden_round is 0"),
         (lambda: MUDDConnections(window=0), "window is 0"),
         (lambda: MUDDConnections(window=2, dilation=2), "window is 2 and dilation is 2"),
+        (lambda: MidpointResidual(step=0.0), "step is 0.0"),
+        (lambda: MidpointResidual(grid_bits=53), "grid_bits is 53"),
         (lambda: DenseFormer(period=0), "period is 0"),
         (lambda: ManifoldHyperConnections(streams=1), "streams is 1"),
         (lambda: ManifoldHyperConnections(iterations=0), "iterations is 0"),

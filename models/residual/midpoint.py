@@ -1,0 +1,117 @@
+"""The midpoint residual: layers as steps of a two-step recurrence, which can be walked back.
+
+Shape suffixes: B batch, T sequence, D model width.
+"""
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.context import LayerContext
+from models.limits import above_zero
+from models.residual.fixed_point import check_bits, on_grid
+from models.slots import Closer, Connection, Opener, ResidualConfig
+from models.state import Entry, State, Views
+
+
+@dataclasses.dataclass(frozen=True)
+class MidpointResidual(ResidualConfig, kind="midpoint"):
+    """p_{l+1} = p_{l-1} + 2 step f_l(p_l), where f_l is what plain layer l adds: f(p) = m + FFN(p + m), m = Mixer(p)
+    (arXiv 2512.02056). The first step, with nothing before it, is p_1 = p_0 + step f_0(p_0). The final norm reads p_L.
+
+    step: of the recurrence. grid_bits: the embedding and what is added are rounded to multiples of 2^-grid_bits, so
+    that subtracting restores the streams bit for bit, as in reversible. null: no rounding.
+    """
+
+    step: float = 0.25
+    grid_bits: int | None = None
+
+    takes_shortcut = False
+
+    def __post_init__(self) -> None:
+        above_zero(self, "step", hint=", and 0.25 is usual")
+        if self.grid_bits is not None and not 1 <= self.grid_bits <= 52:
+            raise ValueError(
+                f"grid_bits is {self.grid_bits}; it must lie between 1 and 52, which float64 holds (14 suits float32), "
+                "or be null for no grid"
+            )
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        if self.grid_bits is not None:
+            check_bits(self.grid_bits, dtype)
+
+    def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
+        if branch == "mixer":
+            return MidpointStart(ctx.d_model)
+        return MidpointEnd(ctx.d_model, self.step if ctx.index == 0 else 2 * self.step, self.grid_bits)
+
+    def open(self, d_model: int) -> Opener:
+        return MidpointOpener(d_model, self.grid_bits)
+
+    def close(self, d_model: int, num_layers: int) -> Closer:
+        return MidpointCloser()
+
+
+class MidpointStart(Connection):
+    """A mixer's connection: its output waits as `delta`."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.writes = (Entry("delta", (d_model,)),)
+
+    def read(self, state: State) -> tuple[Views, State]:
+        return Views.same(state["x"]), {}
+
+    def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
+        return {**state, "delta": out_BTD}
+
+
+class MidpointEnd(Connection):
+    """An FFN's connection, which makes the step: x <- previous + factor (delta + F(x + delta)), previous <- x."""
+
+    reads = ("x", "previous", "delta")
+
+    def __init__(self, d_model: int, factor: float, grid_bits: int | None) -> None:
+        super().__init__()
+        self.factor, self.grid_bits = factor, grid_bits
+        self.writes = (Entry("x", (d_model,)), Entry("previous", (d_model,)))
+
+    def read(self, state: State) -> tuple[Views, State]:
+        return Views.same(state["x"] + state["delta"]), {}
+
+    def added(self, delta_BTD: Tensor, out_BTD: Tensor) -> Tensor:
+        added_BTD = self.factor * (delta_BTD + out_BTD)
+        return added_BTD if self.grid_bits is None else on_grid(added_BTD, self.grid_bits)
+
+    def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
+        others = {name: entry for name, entry in state.items() if name != "delta"}
+        x_BTD = state["previous"] + self.added(state["delta"], out_BTD)
+        return {**others, "x": x_BTD, "previous": state["x"]}
+
+    def undo(self, state: State, delta_BTD: Tensor, out_BTD: Tensor) -> State:
+        """The state before the layer, from the one after it: its `previous` is what the layer read, so that both
+        branches can be run again for their outputs."""
+        return {**state, "x": state["previous"], "previous": state["x"] - self.added(delta_BTD, out_BTD)}
+
+
+class MidpointOpener(Opener):
+    """The embedding, on the grid if there is one, as p_0; and in the place of what came before it."""
+
+    def __init__(self, d_model: int, grid_bits: int | None) -> None:
+        super().__init__(d_model)
+        self.grid_bits = grid_bits
+        self.writes = (Entry("x", (d_model,)), Entry("previous", (d_model,)))
+
+    def forward(self, x_BTD: Tensor) -> State:
+        if self.grid_bits is not None:
+            check_bits(self.grid_bits, x_BTD.dtype)
+            x_BTD = on_grid(x_BTD, self.grid_bits)
+        return {"x": x_BTD, "previous": x_BTD.clone()}
+
+
+class MidpointCloser(Closer):
+    """p_L. That p_{L-1} is read too keeps the pair whole, from which all earlier ones follow."""
+
+    reads = ("x", "previous")
