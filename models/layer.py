@@ -6,8 +6,10 @@ Shape suffixes: B batch, T sequence, D model width, H heads, V value width.
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from models.by_rank import ByRank, check_by_rank
 from models.config import LMConfig
 from models.open_tokens import OpenTokens, one_row, worthwhile
 from models.slots import FFN, Beside, Cache, Connection, DepthControl, Mixer, Placement, Values
@@ -28,6 +30,10 @@ class Boundary:
     def side(self, side: Side) -> Side:
         return side
 
+    def gate(self, gate_BT: Tensor, out: Tensor) -> Tensor:
+        """For [B, T, D] or [B, T, R, D]."""
+        return gate_BT.view(*gate_BT.shape, *([1] * (out.dim() - 2))).to(out.dtype)
+
 
 class LocalCore:
     """Runs a mixer's core where it is; the context-parallel one exchanges heads for tokens around it.
@@ -41,6 +47,16 @@ class LocalCore:
         self, core: Core, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
     ) -> tuple[Tensor, Cache | None]:
         return core(heads, weights, side, cache)
+
+
+class Heads(NamedTuple):
+    """What a mixer's core gets, and what the rest of its branch needs behind it."""
+
+    heads: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    writes: dict[str, Tensor]
+    valued: Valued
 
 
 class MixerBranch(nn.Module):
@@ -76,18 +92,47 @@ class MixerBranch(nn.Module):
             return self.open(views, inputs, side, cache)
         return self.run(views, inputs, side, whole, cache)
 
-    def run(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
+    def to_heads(self, views: Views, inputs: State, side: Side, cache: Cache | None) -> Heads:
+        """The part in front of the core."""
         heads, kept, writes = self.mixer.project(views, inputs, side)
         valued: Valued = self.values(heads["v"], views, inputs, side, cache)
         heads["v"] = valued.v_BTHV
         if valued.all_BSHV is not None:
             heads[ALL_VALUES] = valued.all_BSHV
+        return Heads(heads, self.mixer.core_weights(), kept, {**writes, **valued.writes}, valued)
+
+    def from_heads(self, out_BTHV: Tensor, made: Heads, inputs: State) -> Tensor:
+        """The part behind it."""
+        return self.mixer.merge(self.values.after(out_BTHV, made.valued.v_BTHV, inputs), made.kept)
+
+    def run(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
+        made = self.to_heads(views, inputs, side, cache)
         if KEY_GATE in inputs:
-            heads[KEY_GATE] = inputs[KEY_GATE]
-        out_BTHV, cache = self.run_core(self.mixer.core, heads, self.mixer.core_weights(), whole, cache)
-        out_BTHV = self.values.after(out_BTHV, valued.v_BTHV, inputs)
-        cache = None if cache is None else {**cache, **valued.cache}
-        return Result(self.mixer.merge(out_BTHV, kept), {**writes, **valued.writes}, cache=cache)
+            made.heads[KEY_GATE] = inputs[KEY_GATE]
+        out_BTHV, cache = self.run_core(self.mixer.core, made.heads, made.weights, whole, cache)
+        cache = None if cache is None else {**cache, **made.valued.cache}
+        return Result(self.from_heads(out_BTHV, made, inputs), made.writes, cache=cache)
+
+    def forward_by_rank(
+        self, ranks: ByRank, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None
+    ) -> Result:
+        """As `forward`, for each rank with its own parameters on its own input; all ranks' heads share one core."""
+        gate, inputs = inputs.get(KEY_GATE), {name: x for name, x in inputs.items() if name != KEY_GATE}
+        made = []
+        for index in ranks.each():
+            own = ranks.cache(cache, index)
+            made.append(self.to_heads(ranks.views(views, index), ranks.inputs(inputs, index), side, own))
+        heads = ranks.together([one.heads for one in made], 2)
+        if gate is not None:
+            heads[KEY_GATE] = gate
+        weights = ranks.together([one.weights for one in made], 0)
+        out_BTHV, cache = self.run_core(self.mixer.core, heads, weights, whole, cache)
+        outs = []
+        for index, own_BTHV in zip(ranks.each(), out_BTHV.chunk(ranks.count, 2), strict=True):
+            outs.append(self.from_heads(own_BTHV, made[index], ranks.inputs(inputs, index)))
+        if cache is not None:
+            cache = {**cache, **ranks.caches([one.valued.cache for one in made])}
+        return Result(torch.stack(outs, -2), ranks.together([one.writes for one in made], 2), cache=cache)
 
     def finish(self, sum_BTD: Tensor) -> Tensor:
         return self.mixer.finish(sum_BTD)
@@ -131,6 +176,13 @@ class FFNBranch(nn.Module):
             return self.open(views.q_BTD, inputs, side)
         return self.ffn(views.q_BTD, inputs, side)
 
+    def forward_by_rank(
+        self, ranks: ByRank, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None
+    ) -> Result:
+        """As `forward`, for each rank with its own parameters on its own input."""
+        outs = [self.ffn(ranks.views(views, index).q_BTD, {}, side).out_BTD for index in ranks.each()]
+        return Result(torch.stack(outs, -2))
+
     def finish(self, sum_BTD: Tensor) -> Tensor:
         return sum_BTD
 
@@ -148,6 +200,11 @@ class Sublayer(nn.Module, Generic[Branch]):
         self.connection, self.placement, self.branch, self.scaling = connection, placement, branch, scaling
         self.beside = beside
         self.boundary = Boundary()
+        self.by_rank: ByRank | None = None
+        if connection.by_rank is not None:
+            part = branch.mixer if isinstance(branch, MixerBranch) else branch.ffn
+            check_by_rank(part, branch, beside, connection.by_rank)
+            self.by_rank = ByRank(branch, connection.by_rank)
         self.reads = (*connection.reads, *branch.reads, *beside.reads)
         self.writes = (*connection.writes, *branch.writes, *beside.writes)
         names = [entry.name for entry in self.writes]
@@ -172,12 +229,13 @@ class Sublayer(nn.Module, Generic[Branch]):
         view_BTD = views.q_BTD
         own = self.branch.own_tokens(views, inputs, local)
         views, inputs = self.boundary.enter(views, {**inputs, **own.made}, dict(own.made_by_head))
-        result = self.branch(views, inputs, self.boundary.side(local), side, cache)
+        seen = (views, inputs, self.boundary.side(local), side, cache)
+        result = self.branch(*seen) if self.by_rank is None else self.branch.forward_by_rank(self.by_rank, *seen)
         self.check_written(own, result)
         out_BTD = self.branch.finish(self.boundary.exit(result.out_BTD))
         out_BTD = self.scaling(self.placement.after(out_BTD))
         if gate_BT is not None:
-            out_BTD = out_BTD * gate_BT[..., None].to(out_BTD.dtype)
+            out_BTD = out_BTD * self.boundary.gate(gate_BT, out_BTD)
         peek_BTD = self.connection.peek(state) if self.beside.peeks else None
         earlier = {name: state[name] for name in self.beside.reads}
         out_BTD, kept_beside = self.beside(peek_BTD, view_BTD, out_BTD, earlier)

@@ -121,12 +121,14 @@ class Values(nn.Module):
 class Connection(nn.Module):
     """One sublayer's tie to the state. `reads` and `writes` name the entries it owns; it passes on all others.
 
-    num_views: 3 when query, key and value inputs differ.
+    num_views: 3 when query, key and value inputs differ. by_rank: so many tensor ranks each run their part of the
+    branch on an input of its own; views and outputs are [B, T, R, D] for the R that are here, over the group's tokens.
     """
 
     reads: tuple[str, ...] = ("x",)
     writes: tuple[Entry, ...] = ()
     num_views: int = 1
+    by_rank: int | None = None
 
     def read(self, state: State) -> tuple[Views, State]:
         """Returns (branch inputs, what `write` needs again)."""
@@ -229,8 +231,7 @@ class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
     """What is kept between sublayers.
 
     takes_shortcut: there is one identity path, which the shortcut's module can act on. starts_plain: with its initial
-    parameters the model computes what it does with the plain residual, but for the scale of what the last norm reads.
-    one_norm: a layer's branches read the same input, through one norm.
+    parameters it computes what plain does, but for the scale that the last norm reads. one_norm: one for both branches.
     """
 
     takes_shortcut: ClassVar[bool] = True

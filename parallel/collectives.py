@@ -55,6 +55,17 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather(grad, ctx.dim, ctx.ranks), None, None
 
 
+class _SumAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum_(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.ranks.sum_(grad.clone()), None
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, receive: list[int], send: list[int], ranks: Ranks) -> Tensor:
@@ -76,6 +87,11 @@ def gather(x: Tensor, dim: int, ranks: Ranks) -> Tensor:
 def scatter_sum(x: Tensor, dim: int, ranks: Ranks) -> Tensor:
     """Reduce-scatter along dim; backward all-gathers."""
     return x if ranks.size == 1 else _ScatterSum.apply(x, dim, ranks)
+
+
+def sum_all(x: Tensor, ranks: Ranks) -> Tensor:
+    """All-reduce; backward all-reduces: every rank goes on with the sum, in its own way."""
+    return x if ranks.size == 1 else _SumAll.apply(x, ranks)
 
 
 def all_to_all(x: Tensor, receive: list[int], send: list[int], ranks: Ranks) -> Tensor:

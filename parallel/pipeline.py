@@ -26,9 +26,9 @@ from models.config import LMConfig
 from models.kernels.contiguous import ContiguousGradient
 from models.lm import LM, Output
 from models.params import Axis
+from models.pieces import split
 from models.state import Entry, Layout, State
 from parallel.mesh import Mesh, MeshConfig
-from parallel.shards import split
 
 CLASSES: Mapping[str, Any] = MappingProxyType(
     {

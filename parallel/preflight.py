@@ -12,10 +12,11 @@ from configs.structure import instantiate
 from models.config import LMConfig
 from models.lm import LM
 from models.params import Axis, Parts, named_specs
+from models.pieces import TENSOR_AXES, fits
 from models.slots import FFNConfig
 from parallel import pipeline
 from parallel.mesh import MeshConfig
-from parallel.shards import EXPERT_AXES, TENSOR_AXES, fits
+from parallel.shards import EXPERT_AXES
 
 HEAD_AXES = ("heads", "kv_heads")
 SPLIT = MappingProxyType({"tp": TENSOR_AXES, "ep": EXPERT_AXES, "cp": HEAD_AXES})
@@ -25,6 +26,7 @@ def refuse(config: LMConfig, mesh: MeshConfig) -> None:
     """Raise ValueError with the first reason why the mesh cannot hold the model."""
     with torch.device("meta"):
         model = LM(config)
+    refuse_ranks(model, mesh)
     if mesh.tp > 1:
         refuse_unsplit(model)
     if mesh.ep > 1 and not has_experts(model):
@@ -35,6 +37,17 @@ def refuse(config: LMConfig, mesh: MeshConfig) -> None:
     refuse_heads(model, mesh)
     if mesh.pp > 1:
         pipeline.refuse(mesh, len(config.expanded), micro_batches=2 * mesh.pp)
+
+
+def refuse_ranks(model: LM, mesh: MeshConfig) -> None:
+    """A model that is defined for a number of tensor ranks is computed by that many, or by fewer that share them."""
+    ranks = model.blocks[0].mixer.connection.by_rank
+    if ranks is not None and ranks % mesh.tp:
+        fits = max(tp for tp in range(1, mesh.tp) if ranks % tp == 0)
+        raise ValueError(
+            f"residual {model.config.residual.kind} defines the model for {ranks} tensor ranks, and tp={mesh.tp} does "
+            f"not divide that; use tp={fits}, or train another model with as many ranks as tp"
+        )
 
 
 def all_axes(module: nn.Module) -> Iterator[tuple[str, Axis]]:

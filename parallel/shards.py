@@ -13,26 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from models.lm import LM
-from models.params import Axis, ParamSpec, Parts, initial_value, named_specs
+from models.params import ParamSpec, Parts, initial_value, named_specs
+from models.pieces import TENSOR_AXES, split
 from parallel.collectives import all_gather
 from parallel.mesh import Mesh, Ranks
 
-TENSOR_AXES = ("heads", "kv_heads", "ffn", "vocab")
 EXPERT_AXES = ("experts",)
 Segments = tuple[tuple[int, int], ...]
-
-
-def split(axis: Axis, size: int, index: int, count: int) -> tuple[int, int, int]:
-    """(start, length, number of distinct pieces) of piece `index` of `count` of a dimension of `size`.
-
-    Raises ValueError when the groups cannot be dealt out evenly.
-    """
-    groups = axis.groups
-    if groups % count == 0:
-        return index * (size // count), size // count, count
-    if axis.name == "kv_heads" and count % groups == 0:
-        return index // (count // groups) * (size // groups), size // groups, groups
-    raise ValueError(f"{groups} {axis.name} cannot be split over {count} ranks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +125,3 @@ def place(out: Tensor, segments: tuple[Segments, ...], value: Tensor) -> None:
     """Copy `value` to the positions of `out` that `segments` name."""
     grid = [torch.cat([torch.arange(start, start + length) for start, length in runs]) for runs in segments]
     out[torch.meshgrid(*grid, indexing="ij")] = value
-
-
-def fits(axis: Axis, degree: int) -> bool:
-    return axis.groups % degree == 0 or (axis.name == "kv_heads" and degree % axis.groups == 0)

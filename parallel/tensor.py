@@ -14,10 +14,11 @@ from models.kernels.linear_cross_entropy import WholeVocabulary, linear_cross_en
 from models.layer import Boundary
 from models.lm import LM
 from models.params import Axis
+from models.pieces import split
 from models.state import Layout, Side, State, Views
-from parallel.collectives import all_gather, gather, scatter_sum
+from models.tensor_group import TensorGroup
+from parallel.collectives import all_gather, gather, scatter_sum, sum_all
 from parallel.mesh import Mesh, Ranks
-from parallel.shards import split
 
 
 class TensorBoundary(Boundary):
@@ -28,12 +29,15 @@ class TensorBoundary(Boundary):
         self.tp, self.over_heads = tp, over_heads
 
     def enter(self, views: Views, inputs: State, by_head: State) -> tuple[Views, State]:
+        return views.map(lambda view: gather(view, 1, self.tp)), self.gathered(inputs, by_head)
+
+    def gathered(self, inputs: State, by_head: State) -> State:
         gathered = {k: x if k in self.over_heads else gather(x, 1, self.tp) for k, x in inputs.items()}
         for name, x_BTH in by_head.items():
             heads = x_BTH.shape[2]
             first, length, _ = split(Axis("kv_heads", heads), heads, self.tp.index, self.tp.size)
             gathered[name] = gather(x_BTH, 1, self.tp).narrow(2, first, length)
-        return views.map(lambda view: gather(view, 1, self.tp)), gathered
+        return gathered
 
     def exit(self, out_BTD: Tensor) -> Tensor:
         return scatter_sum(out_BTD, 1, self.tp)
@@ -42,6 +46,38 @@ class TensorBoundary(Boundary):
         assert side.window is not None
         _, length = side.window
         return side.narrow(-self.tp.index * length, length * self.tp.size)
+
+
+class RankBoundary(TensorBoundary):
+    """Of branches that a model defines for each tensor rank: views and outputs are the rank's own, over all tokens."""
+
+    def enter(self, views: Views, inputs: State, by_head: State) -> tuple[Views, State]:
+        return views, self.gathered(inputs, by_head)
+
+    def exit(self, out_BTD: Tensor) -> Tensor:
+        return out_BTD
+
+    def gate(self, gate_BT: Tensor, out: Tensor) -> Tensor:
+        return super().gate(gather(gate_BT, 1, self.tp), out)
+
+
+class TensorRanks(TensorGroup):
+    """The tensor ranks' exchanges outside branches."""
+
+    def __init__(self, tp: Ranks) -> None:
+        self.tp, self.size, self.index = tp, tp.size, tp.index
+
+    def all_tokens(self, x_BT: Tensor) -> Tensor:
+        return gather(x_BT, 1, self.tp)
+
+    def own_tokens(self, x_BT: Tensor) -> Tensor:
+        return x_BT.chunk(self.tp.size, 1)[self.tp.index]
+
+    def sum(self, x: Tensor) -> Tensor:
+        return sum_all(x, self.tp)
+
+    def sum_own(self, x_BT: Tensor) -> Tensor:
+        return scatter_sum(x_BT, 1, self.tp)
 
 
 class VocabLookup:
@@ -108,8 +144,13 @@ def parallelize(model: LM, mesh: Mesh, heads: frozenset[str]) -> None:
         return
     for layer in model.blocks:
         for sublayer in (layer.mixer, layer.ffn):
-            if sublayer.branch.entry == "gathered":
+            if sublayer.by_rank is not None:
+                sublayer.boundary, sublayer.by_rank.held = RankBoundary(tp, heads), tp.size
+            elif sublayer.branch.entry == "gathered":
                 sublayer.boundary = TensorBoundary(tp, heads)
+    for module in model.modules():
+        if isinstance(getattr(module, "group", None), TensorGroup):
+            module.__dict__["group"] = TensorRanks(tp)
     for vocabulary in (model.embed, model.head):
         if vocabulary is not None:
             vocabulary.lookup, vocabulary.cross_entropy = VocabLookup(tp), VocabCrossEntropy(tp)

@@ -16,7 +16,7 @@ from models.slots import ResidualConfig
 
 def build(residual: ResidualConfig, seed: int = 0, **slots: Any) -> LM:
     # The eps is negligible: several streams end as a multiple of one, from which an eps would tell them.
-    layer = LayerConfig(AttentionConfig(num_heads=2), SwiGLUConfig(hidden=12))
+    layer = LayerConfig(AttentionConfig(num_heads=4), SwiGLUConfig(hidden=12))
     model = LM(LMConfig(16, 8, {"A": layer}, "AAA", residual=residual, norm=PreNorm(1e-30), **slots)).double()
     initialize(model, seed)
     return model

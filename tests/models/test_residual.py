@@ -7,6 +7,7 @@ from torch import Tensor
 from models.layer import Layer
 from models.lm import LM
 from models.residual.denseformer import DenseFormer
+from models.residual.desync import DesyncResidual
 from models.residual.hyper import HyperConnections
 from models.residual.hyper_fractional import FractionalHyperConnections
 from models.residual.ladder import LadderResidual
@@ -19,11 +20,11 @@ from models.residual.mudd_prepost import PrePostMUDD
 from models.residual.plain import PlainResidual
 from models.residual.reversible import ReversibleResidual
 from models.slots import Connection, ResidualConfig
-from models.state import Entry, Side, State
+from models.state import Entry, Side, State, Views
 from tests.models.residuals import build, perturb, tokens
 
 VARIANTS: dict[str, ResidualConfig] = {
-    **{name: kind() for name, kind in ResidualConfig.kinds().items()},  # type: ignore[dict-item]
+    **{name: kind(**kind.example) for name, kind in ResidualConfig.kinds().items()},  # type: ignore[dict-item]
     "hyper-1": HyperConnections(streams=1),
     "hyper-rms": HyperConnections(streams=2, norm="rms", activation="identity"),
     "hyper_fractional-3x2": FractionalHyperConnections(fractions=2, streams=3),
@@ -31,6 +32,7 @@ VARIANTS: dict[str, ResidualConfig] = {
     "mhc-2": ManifoldHyperConnections(streams=2, iterations=3),
     "mhc_per_stream-3": PerStreamManifoldHyperConnections(streams=3),
     "mhc_lite-2": LiteManifoldHyperConnections(streams=2),
+    "desync-every": DesyncResidual(ranks=2, every=3),
     "midpoint-grid": MidpointResidual(grid_bits=44),
     "mudd-released": MUDDConnections(separate_norms=False, hidden_round=64, expand_last=4),
     "mudd-2x2": MUDDConnections(dilation=2, period=2),
@@ -63,8 +65,10 @@ def connections(model: LM) -> list[tuple[Connection, State]]:
     return found
 
 
-def branch_output() -> Tensor:
-    return torch.linspace(-1, 1, 2 * 6 * 8, dtype=torch.float64).view(2, 6, 8)
+def branch_output(views: Views) -> Tensor:
+    """One for each of the branch's inputs."""
+    shape = views.q_BTD.shape
+    return torch.linspace(-1, 1, shape.numel(), dtype=torch.float64).view(shape)
 
 
 @pytest.mark.parametrize("name", [name for name, residual in VARIANTS.items() if residual.starts_plain])
@@ -108,7 +112,7 @@ def test_connections_touch_what_they_declare(residual: ResidualConfig) -> None:
     for index, (connection, state) in enumerate(connections(model)):
         other = torch.zeros(2, 6)
         views, kept = connection.read({**state, "other": other})
-        written = connection.write({**state, "other": other}, kept, branch_output())
+        written = connection.write({**state, "other": other}, kept, branch_output(views))
         assert written["other"] is other
         changed = {name for name, x in written.items() if name != "other" and x is not state.get(name)}
         assert changed <= {entry.name for entry in connection.writes} <= written.keys()
@@ -132,8 +136,8 @@ def test_connections_are_token_wise(residual: ResidualConfig) -> None:
         part_views, part_kept = connection.read(part)
         for view, part_view in zip(views, part_views, strict=True):
             torch.testing.assert_close(part_view, view[cut], rtol=1e-12, atol=1e-12)
-        whole = connection.write(state, kept, branch_output())
-        for name, x in connection.write(part, part_kept, branch_output()[cut]).items():
+        whole = connection.write(state, kept, branch_output(views))
+        for name, x in connection.write(part, part_kept, branch_output(views)[cut]).items():
             torch.testing.assert_close(x, whole[name][cut], rtol=1e-12, atol=1e-12)
 
 
