@@ -3,50 +3,18 @@
 Shape suffixes: B batch, T sequence, D model width, H heads, V value width.
 """
 
-from collections.abc import Callable, Mapping
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from models.boundary import Boundary, LocalCore
 from models.by_rank import ByRank, check_by_rank
 from models.config import LMConfig
 from models.open_tokens import OpenTokens, one_row, worthwhile
 from models.slots import FFN, Beside, Cache, Connection, DepthControl, Mixer, Placement, Values
 from models.state import ALL_VALUES, KEY_GATE, Entry, Layout, OwnTokens, Result, Side, State, Valued, Views
-
-Core = Callable[[dict[str, Tensor], dict[str, Tensor], Side, Cache | None], tuple[Tensor, Cache | None]]
-
-
-class Boundary:
-    """What happens to tensors that enter and leave a branch. This one: nothing; `parallel/` has others."""
-
-    def enter(self, views: Views, inputs: State, by_head: State) -> tuple[Views, State]:
-        return views, {**inputs, **by_head}
-
-    def exit(self, out_BTD: Tensor) -> Tensor:
-        return out_BTD
-
-    def side(self, side: Side) -> Side:
-        return side
-
-    def gate(self, gate_BT: Tensor, out: Tensor) -> Tensor:
-        """For [B, T, D] or [B, T, R, D]."""
-        return gate_BT.view(*gate_BT.shape, *([1] * (out.dim() - 2))).to(out.dtype)
-
-
-class LocalCore:
-    """Runs a mixer's core where it is; the context-parallel one exchanges heads for tokens around it.
-
-    splits: ranks hold different parts of the sequence.
-    """
-
-    splits: ClassVar[bool] = False
-
-    def __call__(
-        self, core: Core, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
-    ) -> tuple[Tensor, Cache | None]:
-        return core(heads, weights, side, cache)
 
 
 class Heads(NamedTuple):
@@ -158,7 +126,7 @@ class FFNBranch(nn.Module):
     @property
     def skips(self) -> bool:
         """Whether closed tokens can be left out: they change nothing for others, and nobody reads what they write."""
-        return self.unseen and not self.writes
+        return self.unseen and not self.writes and not self.has_losses
 
     def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:
         return OwnTokens()

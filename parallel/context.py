@@ -7,7 +7,7 @@ Shape suffixes: B batch, T sequence (share), H heads.
 
 from torch import Tensor
 
-from models.layer import Core, LocalCore
+from models.boundary import Core, LocalCore
 from models.lm import LM
 from models.slots import Cache
 from models.state import Side

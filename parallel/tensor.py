@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.boundary import Boundary
 from models.kernels.linear_cross_entropy import WholeVocabulary, linear_cross_entropy
-from models.layer import Boundary
 from models.lm import LM
 from models.params import Axis
 from models.pieces import split
