@@ -28,6 +28,7 @@ from models.lm import LM, Output
 from models.params import Axis
 from models.pieces import split
 from models.state import Entry, Layout, State
+from parallel import split_backward
 from parallel.mesh import Mesh, MeshConfig
 
 CLASSES: Mapping[str, Any] = MappingProxyType(
@@ -185,6 +186,8 @@ def build_schedule(
     mine: list[Stage], mesh: Mesh, micro_batches: int, batch: int, sequence: int, dtype: torch.dtype
 ) -> Any:
     """A torch schedule over this rank's stages for micro-batches of shape [batch, sequence]."""
+    if mesh.config.splits_backward:
+        split_backward.correct()
     wired = []
     for index, stage in zip(stage_indices(mesh), mine, strict=True):
         loss = (torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True),)

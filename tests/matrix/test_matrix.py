@@ -112,6 +112,13 @@ def test_fewer_key_value_heads_than_ranks(name: str, mesh: str, pool: Pool) -> N
     assert_equal(COMBINATIONS[name], mesh, pool)
 
 
+@pytest.mark.parametrize("schedule", ["zbv", "dualpipev", "zero_bubble"])
+def test_a_parameter_that_joins_groups_of_others(schedule: str, pool: Pool) -> None:
+    """Six layers share one parameter, whose paths through a stage meet those of several groups (see
+    `parallel.split_backward`)."""
+    assert_equal(build(6, mixer="hgrn2"), f"pp=2,schedule={schedule}", pool)
+
+
 @pytest.mark.parametrize("mesh", ["dp=2", "fsdp=2,tp=2", "cp=2", "ep=4,cp=2", "dp=2,pp=2,schedule=interleaved"])
 def test_statistics_over_a_micro_batch(mesh: str, pool: Pool) -> None:
     assert_equal(COMBINATIONS["microbatch_statistics"], mesh, pool)
