@@ -1,9 +1,10 @@
 """A correction of torch's split backward, which zero-bubble, ZBV and DualPipeV schedules run.
 
-Gradients of a stage's inputs come first. Those of parameters come later, group by group, from where a group's paths meet
-the paths to the inputs. A group that meets them at several places goes backward through all that lies between, and what
-it went through cannot be gone through again by another group that meets them there: in torch (2.11 to 2.13) a parameter
-that two layers of a stage share, or that is used twice within one, ends the step with an error. Here such groups are one.
+Gradients of a stage's inputs come first. Those of parameters come later, group by group, from where a group's paths
+meet the paths to the inputs. A group that meets them at several places goes backward through all that lies between, and
+what it went through cannot be gone through again by another group that meets them there: in torch (2.11 to 2.13) a
+parameter that two layers of a stage share, or that is used twice within one, ends the step with an error. Here such
+groups are one.
 """
 
 from typing import Any
@@ -37,8 +38,8 @@ def joined(found: list[Group], new: Group, through: set[Node]) -> list[Group]:
 
 
 def between(nodes: set[Node], closure: set[Node]) -> set[Node]:
-    """The nodes, and what may lie on a way from one of them to another. Autograd numbers nodes as they are made, so that
-    nothing older than the oldest does."""
+    """The nodes, and what may lie on a way from one of them to another. Autograd numbers nodes as they are made, so
+    that nothing older than the oldest does."""
     oldest = min(number(node) for node in nodes)
     found, todo = set(nodes), list(nodes)
     while todo:

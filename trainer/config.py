@@ -65,7 +65,7 @@ class DataConfig:
     """
 
     sequence_length: int
-    train: str | tuple[Source, ...] = ()
+    train: str | tuple[Source, ...] | None = None
     task: TaskConfig | None = None
     valid: str | None = None
     tokenizer: str | None = None
@@ -95,7 +95,7 @@ class DataConfig:
     @property
     def sources(self) -> tuple[Source, ...]:
         """What is trained on; a single dataset is a blend of one."""
-        return (Source(self.train, 1.0),) if isinstance(self.train, str) else self.train
+        return (Source(self.train, 1.0),) if isinstance(self.train, str) else self.train or ()
 
     @property
     def weights(self) -> dict[str, float]:

@@ -31,8 +31,8 @@ class LiteManifoldHyperConnections(ManifoldConfig, kind="mhc_lite"):
         super().__post_init__()
         if self.streams > MOST_STREAMS:
             raise ValueError(
-                f"streams is {self.streams}, which have {math.factorial(self.streams)} permutations, with a weight "
-                f"each; use at most {MOST_STREAMS}, or residual mhc"
+                f"streams is {self.streams}, and every permutation of them takes a weight; use at most {MOST_STREAMS}, "
+                "or residual mhc"
             )
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:

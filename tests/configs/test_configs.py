@@ -17,7 +17,7 @@ from trainer.config import RunConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
-DEBUG = [path for path in FILES if path.name.startswith("debug_")]
+DEBUG = [path for path in FILES if path.name.startswith(("debug_", "task_"))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -37,6 +37,8 @@ BASE: Data = {
     "optim": {"kind": "adamw", "lr": 1.0},
 }
 NOTHING: Data = {}
+# What goes when a slot is filled that stands in its place.
+WITHOUT: dict[Keys, Data] = {("data", "task"): {"data": {"train": None}}}
 # At the edges of 32 and 64 bits, where a product with another size passes them, and what rules tend to forget.
 WHOLE = (-1, 0, 2**31, 2**40, 2**62)
 REAL = (-1.0, 0.0, 1e-300, 3e38, math.nan)
@@ -71,7 +73,10 @@ def numbers(annotation: Any, keys: Keys = (), kind: str = "", choice: Data = NOT
     bare = without_none(annotation)
     if is_slot(bare):
         for name, cls in bare.kinds().items():
-            yield from numbers(cls, keys, name, merge(choice, nested(keys, {"kind": name, **cls.example})))
+            instead = WITHOUT.get(keys, NOTHING)
+            yield from numbers(
+                cls, keys, name, merge({**choice, **instead}, nested(keys, {"kind": name, **cls.example}))
+            )
     elif dataclasses.is_dataclass(bare):
         hints = typing.get_type_hints(bare)
         for field in dataclasses.fields(bare):
@@ -87,6 +92,11 @@ def numbers(annotation: Any, keys: Keys = (), kind: str = "", choice: Data = NOT
 
 
 NUMBERS = tuple(numbers(RunConfig))
+
+
+def first_of(choice: Data) -> Number:
+    """Of the numbers that one kind has."""
+    return next(number for number in NUMBERS if number.choice == choice)
 
 
 def refusal(folder: Path, data: Data) -> str | None:
@@ -115,7 +125,8 @@ def test_the_walk_finds_the_numbers() -> None:
 def test_one_number(folder: Path, number: Number) -> None:
     """A refusal is one sentence and leads to the number: by name, or as the size of what it would make."""
     chosen = merge(BASE, number.choice)
-    assert refusal(folder, chosen) is None
+    if number is first_of(number.choice):
+        assert refusal(folder, chosen) is None
     for value in WHOLE if number.whole else REAL:
         said = refusal(folder, merge(chosen, number.holding(value)))
         assert said is None or ("\n" not in said and (number.keys[-1] in said or "elements" in said)), (value, said)

@@ -46,7 +46,8 @@ def test_defaults_are_plain_data() -> None:
 def test_a_member_of_a_union_is_described_by_its_dataclass() -> None:
     got = schema(RunConfig, "run")["$defs"]
     train = got["DataConfig"]["properties"]["train"]
-    assert train["anyOf"] == [{"type": "string"}, {"type": "array", "items": {"$ref": "#/$defs/Source"}}]
+    source = {"type": "array", "items": {"$ref": "#/$defs/Source"}}
+    assert train["anyOf"] == [{"type": "string"}, source, {"type": "null"}]
     assert train["description"].endswith("each with path and weight.")
     assert got["Source"]["required"] == ["path", "weight"] and got["Source"]["additionalProperties"] is False
 

@@ -162,7 +162,15 @@ def test_ranks_and_epochs() -> None:
     assert list(TaskSamples(TASKS["copying"], 32, 64, 0).plan(24)) == ["copying: 24 examples, each new"]
 
 
-def test_the_task_config_trains_and_is_examined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("task_*.yaml")), ids=lambda path: path.stem)
+def test_task_configs_train(path: Path, tmp_path: Path) -> None:
+    steps = ["train.steps=2", "train.global_batch=2", "train.micro_batch=2", "train.eval_every=2", "schedule.warmup=1"]
+    config: RunConfig = parse(RunConfig, load(str(path), [*steps, f"run.dir={tmp_path / 'run'}"]))
+    runs.run(config)
+    assert any("valid/loss" in record for record in runs.records(config))
+
+
+def test_a_run_on_a_task_is_examined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A few steps through the loop, and what `weft eval --task` prints; the full run is in the docs."""
     folder = str(tmp_path / "run")
     steps = [

@@ -30,9 +30,10 @@ class TargetController(GateController):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "ema_short", "ema_long", hint=" step")
-        for target in (self.first, self.middle, *(self.targets or ())):
-            if not 0 <= target <= 1:
-                raise ValueError(f"a gate's target is {target}; gates lie between 0 and 1, so must it")
+        for name, targets in (("first", (self.first,)), ("middle", (self.middle,)), ("targets", self.targets or ())):
+            for target in targets:
+                if not 0 <= target <= 1:
+                    raise ValueError(f"{name} has a target of {target}; gates lie between 0 and 1, so must it")
 
     def levels(self) -> Mapping[str, float]:
         averages = [f"{what}_{span}" for what in ("mean", "var") for span in ("short", "long")]

@@ -6,10 +6,11 @@ Shape suffixes: P pairs, T tokens.
 """
 
 import dataclasses
+from types import MappingProxyType
 
 import numpy as np
 
-from models.limits import above_zero, at_least
+from models.limits import at_least
 from models.loss import IGNORE
 from trainer.data.tasks.base import Example, TaskConfig
 
@@ -31,10 +32,13 @@ class MQARConfig(TaskConfig, kind="mqar"):
     power: float = 0.01
     random_fill: bool = False
 
+    example = MappingProxyType({"num_pairs": 2})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "num_pairs", "passes")
-        above_zero(self, "power")
+        if not 0 < self.power <= 1:
+            raise ValueError(f"power is {self.power}; it must lie in (0, 1], where 1 asks anywhere and less asks soon")
 
     def refuse(self, length: int, vocab_size: int) -> None:
         needed = 2 * self.num_pairs * (self.passes + 1)

@@ -49,7 +49,7 @@ class RegularLanguagesConfig(TaskConfig, kind="regular_languages"):
         super().__post_init__()
         at_least(self, LEAST, "states", "symbols")
         at_least(self, 1, "edges", "string", "least_strings")
-        at_least(self, self.least_strings, "most_strings")
+        at_least(self, self.least_strings, "most_strings", hint=", which is least_strings")
         if self.edges >= LEAST:
             raise ValueError(f"edges is {self.edges}, and the smallest automaton has {LEAST} states; use {LEAST - 1}")
 
