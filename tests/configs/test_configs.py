@@ -17,6 +17,15 @@ from trainer.config import RunConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
+# Billions of parameters, to the digits that their authors give.
+PUBLISHED = {
+    "mixtral_8x7b": "46.7",
+    "deepseek_v2_lite": "15.7",
+    "deepseek_v3": "671",
+    "moe_plus_plus_0b6": "0.6",
+    "moe_plus_plus_1b": "1",
+    "moe_plus_plus_2b": "2",
+}
 DEBUG = [path for path in FILES if path.name.startswith(("debug_", "task_"))]
 
 
@@ -52,6 +61,10 @@ def test_large_file_steps_on_the_meta_device(path: Path) -> None:
     assert out.loss is not None and out.count is not None
     (out.loss / out.count).backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+    if path.stem in PUBLISHED:
+        billions = PUBLISHED[path.stem]
+        digits = len(billions.partition(".")[2])
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.{digits}f}" == billions
 
 
 def test_every_kind_has_a_debug_file() -> None:
