@@ -34,7 +34,7 @@ class MixerBranch(nn.Module):
         super().__init__()
         if not values.own:
             mixer.drop_values()
-        self.mixer, self.values, self.unseen = mixer, values, unseen
+        self.mixer, self.values, self.unseen, self.views = mixer, values, unseen, mixer.views
         self.run_core = LocalCore()
         self.entry = "gathered"
         self.reads = tuple(dict.fromkeys((*mixer.reads, *values.reads)))
@@ -119,7 +119,7 @@ class FFNBranch(nn.Module):
                 f"{type(ffn).__name__} has losses or writes entries and runs on gathered tokens, where they would "
                 'count once per tensor rank; say entry = "tokens"'
             )
-        self.ffn, self.unseen = ffn, unseen
+        self.ffn, self.unseen, self.views = ffn, unseen, ("q",)
         self.entry = ffn.entry
         self.reads, self.writes, self.has_losses = ffn.reads, ffn.writes, ffn.has_losses
 
@@ -279,7 +279,9 @@ class Layer(nn.Module):
         for name in ("mixer", "ffn"):
             path = config.shortcut.build(ctx)
             connection = config.residual.connect(ctx, name, path)
-            placement = norm.build(config.d_model, connection.num_views)
+            read = branches[name].views
+            views = tuple(view in read for view in "qkv") if connection.num_views == 3 else (True,)
+            placement = norm.build(config.d_model, views)
             if config.residual.one_norm and name == "ffn":
                 placement.share_before(self.mixer.placement)
             beside = config.shortcut.beside(ctx, name, path)

@@ -23,9 +23,11 @@ class Mixer(nn.Module):
     """A sequence mixer, cut where heads meet the sequence.
 
     own_tokens and project are token-wise, core per head along the sequence, merge token-wise. Entries over tokens are
-    written by own_tokens and read by both; entries over heads are written and read by project.
+    written by own_tokens and read by both; entries over heads are written and read by project. views: those of q, k and
+    v that it reads; the others have no norm of their own.
     """
 
+    views: tuple[str, ...] = ("q", "k", "v")
     reads: tuple[str, ...] = ()
     writes: tuple[Entry, ...] = ()
     has_losses: bool = False
@@ -65,6 +67,7 @@ class Mixer(nn.Module):
                 f"layer makes for itself{ValuesConfig.such_as(lambda kind: not kind.crosses_layers)}"
             )
         self.v = NoOutput(own.weight.shape[0])
+        self.views = tuple(view for view in self.views if view != "v")
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
         """Token-wise, to [B, T, D]: this rank's heads' part of a sum over tensor ranks. What `finish` needs may be
@@ -274,7 +277,8 @@ class NormConfig(Plugin, slot="norm", folder="models.norms"):
 
     eps: float
 
-    def build(self, d_model: int, num_views: int) -> Placement:
+    def build(self, d_model: int, views: tuple[bool, ...]) -> Placement:
+        """views: of each distinct input of the branch, whether it is read."""
         raise NotImplementedError
 
     def embedding(self, d_model: int) -> nn.Module:

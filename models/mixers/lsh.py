@@ -68,6 +68,8 @@ class LSHConfig(MixerConfig, kind="lsh"):
 
 
 class LSH(Mixer):
+    views = ("q", "v")
+
     def __init__(self, config: LSHConfig, ctx: LayerContext, head_dim: int) -> None:
         super().__init__()
         self.config, self.head_dim = config, head_dim

@@ -69,6 +69,8 @@ class Radius:
 
 
 class RGLRU(LinearMixer):
+    views = ("q", "v")
+
     def __init__(self, config: RGLRUConfig, ctx: LayerContext) -> None:
         super().__init__()
         self.config = config

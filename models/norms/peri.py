@@ -19,16 +19,16 @@ class PeriNorm(NormConfig, kind="peri"):
     def __post_init__(self) -> None:
         above_zero(self, "eps", hint=", and 1e-6 is usual")
 
-    def build(self, d_model: int, num_views: int) -> Placement:
-        return Peri(d_model, num_views, self.eps)
+    def build(self, d_model: int, views: tuple[bool, ...]) -> Placement:
+        return Peri(d_model, views, self.eps)
 
     def embedding(self, d_model: int) -> nn.Module:
         return RMSNorm(d_model, self.eps)
 
 
 class Peri(Pre):
-    def __init__(self, d_model: int, num_views: int, eps: float) -> None:
-        super().__init__(d_model, num_views, eps)
+    def __init__(self, d_model: int, views: tuple[bool, ...], eps: float) -> None:
+        super().__init__(d_model, views, eps)
         self.out_norm = RMSNorm(d_model, eps)
 
     def after(self, out_BTD: Tensor) -> Tensor:

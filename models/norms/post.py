@@ -18,7 +18,7 @@ class PostNorm(NormConfig, kind="post"):
     def __post_init__(self) -> None:
         above_zero(self, "eps", hint=", and 1e-6 is usual")
 
-    def build(self, d_model: int, num_views: int) -> Placement:
+    def build(self, d_model: int, views: tuple[bool, ...]) -> Placement:
         return Post(d_model, self.eps)
 
 

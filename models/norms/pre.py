@@ -19,14 +19,14 @@ class PreNorm(NormConfig, kind="pre"):
     def __post_init__(self) -> None:
         above_zero(self, "eps", hint=", and 1e-6 is usual")
 
-    def build(self, d_model: int, num_views: int) -> Placement:
-        return Pre(d_model, num_views, self.eps)
+    def build(self, d_model: int, views: tuple[bool, ...]) -> Placement:
+        return Pre(d_model, views, self.eps)
 
 
 class Pre(Placement):
-    def __init__(self, d_model: int, num_views: int, eps: float) -> None:
+    def __init__(self, d_model: int, views: tuple[bool, ...], eps: float) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(RMSNorm(d_model, eps) for _ in range(num_views))
+        self.norms = nn.ModuleList(RMSNorm(d_model, eps) if read else nn.Identity() for read in views)
 
     def before(self, views: Views) -> Views:
         if len(self.norms) == 1:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from models.layer import Layer
 from models.lm import LM
+from models.params import initialize
 from models.residual.denseformer import DenseFormer
 from models.residual.desync import DesyncResidual
 from models.residual.hyper import HyperConnections
@@ -21,6 +22,7 @@ from models.residual.plain import PlainResidual
 from models.residual.reversible import ReversibleResidual
 from models.slots import Connection, ResidualConfig
 from models.state import Entry, Side, State, Views
+from tests.contract import tiny
 from tests.models.residuals import build, perturb, tokens
 
 VARIANTS: dict[str, ResidualConfig] = {
@@ -149,3 +151,18 @@ def test_every_parameter_learns_and_is_saved(residual: ResidualConfig) -> None:
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     copy.load_state_dict(model.state_dict())
     assert torch.equal(copy(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "values"),
+    [("attention", "own"), ("attention", "svformer"), ("lru", "own"), ("lsh", "own"), ("rg_lru", "own")],
+)
+def test_a_view_that_nobody_reads_has_no_norm(mixer: str, values: str) -> None:
+    """Where query, key and value inputs are mixed and normed apart, every parameter has a gradient all the same."""
+    model = LM(tiny.build(mixer=mixer, values=values, residual={"kind": "mudd", "separate_norms": True}))
+    initialize(model, 0)
+    x = torch.arange(12).reshape(2, 6)
+    loss = model(x, x).loss
+    assert loss is not None
+    loss.backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
