@@ -20,6 +20,7 @@ class LayerContext:
     """What a plug-in may know about its place: all layers' configs, its own index, the model's width and vocabulary.
 
     own_values: a mixer mixes the values that it projected. pool: the modules that layers share, by key; see `share`.
+    repeats: how often the model runs through these layers.
     """
 
     d_model: int
@@ -31,6 +32,7 @@ class LayerContext:
     own_values: bool = True
     scaling: "ScalingConfig | None" = None
     pool: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    repeats: int = 1
 
     @property
     def num_layers(self) -> int:
@@ -53,4 +55,4 @@ class LayerContext:
     @property
     def output_init(self) -> Normal:
         """Initialisation of a branch's last matrix."""
-        return output_std(self.num_layers, self.output_gain)
+        return output_std(self.num_layers * self.repeats, self.output_gain)

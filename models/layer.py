@@ -9,11 +9,13 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from models.block import Block
 from models.boundary import Boundary, LocalCore
 from models.by_rank import ByRank, check_by_rank
 from models.config import LMConfig
+from models.depth.base import DepthControl, Gated
 from models.open_tokens import OpenTokens, one_row, worthwhile
-from models.slots import FFN, Beside, Cache, Connection, DepthControl, Mixer, Placement, Values
+from models.slots import FFN, Beside, Cache, Connection, Mixer, Placement, Values
 from models.state import ALL_VALUES, KEY_GATE, Entry, Layout, OwnTokens, Result, Side, State, Valued, Views
 
 
@@ -32,8 +34,6 @@ class MixerBranch(nn.Module):
 
     def __init__(self, mixer: Mixer, values: Values, unseen: bool = False) -> None:
         super().__init__()
-        if not values.own:
-            mixer.drop_values()
         self.mixer, self.values, self.unseen, self.views = mixer, values, unseen, mixer.views
         self.run_core = LocalCore()
         self.entry = "gathered"
@@ -41,7 +41,9 @@ class MixerBranch(nn.Module):
         self.writes, self.has_losses = (*mixer.writes, *values.writes), mixer.has_losses
 
     def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:
-        return self.mixer.own_tokens(views, inputs, side)
+        if type(self.mixer).own_tokens is Mixer.own_tokens:
+            return OwnTokens()  # without the call, for which FSDP would gather the parameters of a shared mixer
+        return self.mixer(lambda: self.mixer.own_tokens(views, inputs, side))
 
     @property
     def skips(self) -> bool:
@@ -57,8 +59,8 @@ class MixerBranch(nn.Module):
 
     def forward(self, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None) -> Result:
         if KEY_GATE in inputs and self.skips and worthwhile():
-            return self.open(views, inputs, side, cache)
-        return self.run(views, inputs, side, whole, cache)
+            return self.mixer(lambda: self.open(views, inputs, side, cache))
+        return self.mixer(lambda: self.run(views, inputs, side, whole, cache))
 
     def to_heads(self, views: Views, inputs: State, side: Side, cache: Cache | None) -> Heads:
         """The part in front of the core."""
@@ -268,24 +270,26 @@ class Layer(nn.Module):
         norm = own.norm or config.norm
         self.index = index
         self.depth: DepthControl = config.depth.build(ctx)
+        block = Block(ctx, config.depth.period(ctx.layers))
+        values = config.values.build(ctx, own.mixer.value_shape(config.d_model))
         branches: dict[str, MixerBranch | FFNBranch] = {
             "mixer": MixerBranch(
-                own.mixer.build(ctx),
-                config.values.build(ctx, own.mixer.value_shape(config.d_model)),
-                unseen=own.mixer.unseen and config.depth.gates_keys,
+                block.mixer(own.mixer, values.own), values, unseen=own.mixer.unseen and config.depth.gates_keys
             ),
-            "ffn": FFNBranch(own.ffn.build(ctx), unseen=own.ffn.causal and own.ffn.batch_independent),
+            "ffn": FFNBranch(block.share("ffn", own.ffn.build), unseen=own.ffn.causal and own.ffn.batch_independent),
         }
         for name in ("mixer", "ffn"):
             path = config.shortcut.build(ctx)
             connection = config.residual.connect(ctx, name, path)
+            block.check(connection)
             read = branches[name].views
             views = tuple(view in read for view in "qkv") if connection.num_views == 3 else (True,)
-            placement = norm.build(config.d_model, views)
+            placement = block.norms(name, norm.build(config.d_model, views), views)
             if config.residual.one_norm and name == "ffn":
                 placement.share_before(self.mixer.placement)
             beside = config.shortcut.beside(ctx, name, path)
-            setattr(self, name, Sublayer(connection, placement, branches[name], config.scaling.build(ctx), beside))
+            scaling = block.share(f"{name} scaling", lambda _: config.scaling.build(ctx))
+            setattr(self, name, Sublayer(connection, placement, branches[name], scaling, beside))
         self.mixer: Sublayer[MixerBranch]
         self.ffn: Sublayer[FFNBranch]
         self.key_gate = config.depth.gates_keys and own.mixer.key_gate
@@ -309,17 +313,20 @@ class Layer(nn.Module):
 
     def forward(self, state: State, side: Side, local: Side, cache: Cache | None = None) -> tuple[State, Extras]:
         peek_BTD = self.mixer.connection.peek(state) if self.depth.peeks else None
-        gate_BT, writes, losses, stats = self.depth(peek_BTD, {k: state[k] for k in self.depth.reads}, local)
+        gated: Gated = self.depth(peek_BTD, {k: state[k] for k in self.depth.reads}, local)
+        state, gate_BT = {**state, **gated.writes}, gated.gate_BT
+        if gated.added_BTD is not None:
+            state = self.mixer.connection.add(state, gated.added_BTD)
         key_gate_BT = self.depth.key_gate(gate_BT) if gate_BT is not None and self.key_gate else None
-        state, mixed = self.mixer({**state, **writes}, side, local, gate_BT, key_gate_BT, cache)
+        state, mixed = self.mixer(state, side, local, gate_BT, key_gate_BT, cache)
         skips = self.depth.closes and self.ffn.branch.skips and worthwhile()
         state, channel = self.ffn(state, side, local, gate_BT, gate_BT if skips else None, None)
         losses = joined(
             self,
-            (self.depth.has_losses, losses),
+            (self.depth.has_losses, gated.losses),
             (self.mixer.branch.has_losses, mixed.losses),
             (self.ffn.branch.has_losses, channel.losses),
         )
-        found = {"depth": stats, "mixer": mixed.stats, "ffn": channel.stats}
+        found = {"depth": gated.stats, "mixer": mixed.stats, "ffn": channel.stats}
         stats = {f"{role}.{name}": value for role, own in found.items() for name, value in own.items()}
         return {name: x for name, x in state.items() if name in self.keep}, Extras(losses, stats, mixed.cache)

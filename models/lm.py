@@ -58,7 +58,7 @@ class LM(nn.Module):
         self.opener: Opener | None = config.residual.open(d_model)
         pool: dict[str, nn.Module] = {}
         self.layers = nn.ModuleDict({str(index): Layer(config, index, pool) for index in range(depth)})
-        self.closer: Closer | None = config.residual.close(d_model, depth)
+        self.closer: Closer | None = config.depth.close(config.residual.close(d_model, depth))
         self.norm: nn.Module | None = config.norm.final(d_model)
         self.head: Vocabulary | None = self.embed
         if not config.tie_embeddings:
@@ -70,6 +70,7 @@ class LM(nn.Module):
             module.__dict__["param_specs"][attribute] = scaled
         self.boundaries = self._boundaries()
         self.owners = owners(self)
+        self.reports = reports(self)
         self.register_state_dict_post_hook(drop_copies)
         self.register_load_state_dict_pre_hook(add_copies)
 
@@ -177,11 +178,15 @@ class LM(nn.Module):
         return Output(total_loss, loss.detach(), count_targets(targets_BT), losses, stats)
 
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
-        """Hand each plug-in its statistics of the whole step (bias balancing, controllers)."""
-        for layer in self.blocks:
-            for role, part in layer.reporting():
-                prefix = f"layers.{layer.index}.{role}."
-                part.after_step({key.removeprefix(prefix): x for key, x in stats.items() if key.startswith(prefix)})
+        """Hand each plug-in its statistics of the whole step, summed over its places (bias balancing, controllers)."""
+        sums: dict[str, dict[str, Tensor]] = {}
+        for key, value in stats.items():
+            *place, name = key.split(".", 3)
+            own = sums.setdefault(self.reports[".".join(place)], {})
+            own[name] = own[name] + value if name in own else value
+        parts = {self.reports[f"layers.{x.index}.{role}"]: part for x in self.blocks for role, part in x.reporting()}
+        for place, part in parts.items():
+            part.after_step(sums.get(place, {}))
 
 
 def owners(model: nn.Module) -> dict[str, str]:
@@ -197,6 +202,14 @@ def owners(model: nn.Module) -> dict[str, str]:
             for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
                 found |= {f"{path}.{name}": f"{owner}.{name}" for name, _ in tensors}
     return found
+
+
+def reports(model: LM) -> dict[str, str]:
+    """For every place at which statistics are reported, the first place of the plug-in that does: stages that hold its
+    copies all update them, by the statistics of all places."""
+    first: dict[nn.Module, str] = {}
+    places = [(f"layers.{layer.index}.{role}", part) for layer in model.blocks for role, part in layer.reporting()]
+    return {place: first.setdefault(part, place) for place, part in places}
 
 
 def drop_copies(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:

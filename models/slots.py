@@ -1,10 +1,10 @@
-"""The eight slots: the interface that a plug-in of each fills.
+"""The slots: the interface that a plug-in of each fills. That of depth is in `models.depth.base`.
 
 Shape suffixes: B batch, T sequence, D model width, H heads, K key and V value width of a head.
 """
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from models.plugin import Plugin
 from models.state import Entry, OwnTokens, Projected, Result, Side, State, Valued, Views
 
 Cache = dict[str, Tensor]
+Made = TypeVar("Made")
 
 
 class Mixer(nn.Module):
@@ -31,6 +32,10 @@ class Mixer(nn.Module):
     reads: tuple[str, ...] = ()
     writes: tuple[Entry, ...] = ()
     has_losses: bool = False
+
+    def forward(self, run: Callable[[], Made]) -> Made:
+        """`run()`, which uses the parts below. FSDP gathers the parameters of a mixer that layers share meanwhile."""
+        return run()
 
     def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:
         """What happens once per token on every mesh: routers, their losses and statistics.
@@ -145,9 +150,16 @@ class Connection(nn.Module):
         """One [B, T, D] view of the stream, for gates."""
         return state["x"]
 
+    def add(self, state: State, x_BTD: Tensor) -> State:
+        """The state with x added to the whole stream, and so to what `peek` shows."""
+        return {**state, "x": state["x"] + x_BTD}
+
 
 class Placement(nn.Module):
-    """Where a branch is normalised. The default leaves both sides alone."""
+    """Where a branch is normalised. The default leaves both sides alone.
+
+    Its weights lie in modules that it calls, which layers may share.
+    """
 
     def before(self, views: Views) -> Views:
         return views
@@ -157,32 +169,6 @@ class Placement(nn.Module):
 
     def share_before(self, other: "Placement") -> None:
         """Take the norms in front from `other`, the placement around another branch with the same input."""
-
-
-class DepthControl(nn.Module):
-    """One layer's gate. `forward` returns (gate [B, T] or None, Result-like writes, losses and stats).
-
-    peeks: it looks at the stream; a layer whose gate does not is spared the view, which may cost a pass over it.
-    closes: its gate is exactly 0 for tokens that a layer need not run for (see `models.open_tokens`).
-    """
-
-    peeks: bool = True
-    closes: bool = False
-    reads: tuple[str, ...] = ()
-    writes: tuple[Entry, ...] = ()
-    has_losses: bool = False
-
-    def forward(
-        self, peek_BTD: Tensor | None, inputs: State, side: Side
-    ) -> tuple[Tensor | None, State, dict[str, Tensor], dict[str, Tensor]]:
-        return None, {}, {}, {}
-
-    def key_gate(self, gate_BT: Tensor) -> Tensor:
-        """How much a token may be seen as a key, of a kind that gates keys."""
-        return gate_BT
-
-    def after_step(self, stats: Mapping[str, Tensor]) -> None:
-        """Once per optimiser step, with the step's statistics summed over all ranks and micro-batches."""
 
 
 class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
@@ -331,16 +317,3 @@ class ScalingConfig(Plugin, slot="scaling", folder="models.scaling"):
     def attention_gain(self, head_dim: int) -> float:
         """Factor on scores of softmax attention, beside 1 / sqrt(head_dim)."""
         return 1.0
-
-
-class DepthConfig(Plugin, slot="depth", folder="models.depth"):
-    """Which layers run for which token.
-
-    gates_keys: the gate also says how much a token may be seen as a key. mirrors: layer L-1-l uses layer l's gate.
-    """
-
-    gates_keys: ClassVar[bool] = False
-    mirrors: ClassVar[bool] = False
-
-    def build(self, ctx: LayerContext) -> DepthControl:
-        raise NotImplementedError

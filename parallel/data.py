@@ -59,7 +59,9 @@ def shared(model: LM) -> list[nn.Module]:
     holders: dict[nn.Module, int] = {}
     for layer in model.blocks:
         for module in layer.modules():
-            holders[module] = holders.get(module, 0) + 1
+            # FSDP acts when a module is called: a list of modules is not.
+            if not isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None:
+                holders[module] = holders.get(module, 0) + 1
     several = [module for module, count in holders.items() if count > 1]
     inside = {child for module in several for child in module.modules() if child is not module}
     return [module for module in several if module not in inside]

@@ -18,6 +18,7 @@ from trainer.progress import say
 METRICS = "metrics.jsonl"
 LOAD = ".ffn.expert_load"
 DROPPED = ".ffn.expert_dropped"
+STEPS = ".depth.steps"
 EVENTS = "tensorboard"
 # Seconds between lines where the output is not a terminal, whose progress line would fill a file.
 QUIET = 15.0
@@ -31,7 +32,7 @@ class StepMetrics:
     second over what the machine's matrix products reach. memory_gib: rank 0's peak, of its GPU or else of main memory.
     data_wait: share of the step's seconds until its batch was there. losses: those beside the cross-entropy. experts:
     by layer, the largest expert's load over the mean. dropped: by layer whose experts have limited room, the share of
-    picks that found none.
+    picks that found none. depth: "steps", how often a token runs the block of a model whose tokens stop by themselves.
     """
 
     step: int
@@ -47,6 +48,7 @@ class StepMetrics:
     losses: Mapping[str, float]
     experts: Mapping[str, float]
     dropped: Mapping[str, float]
+    depth: Mapping[str, float]
 
     @property
     def perplexity(self) -> float:
@@ -54,13 +56,14 @@ class StepMetrics:
 
     def flat(self) -> dict[str, float]:
         """Every value, by "group/name"."""
-        grouped = ("step", "losses", "experts", "dropped")
+        grouped = ("step", "losses", "experts", "dropped", "depth")
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in grouped}
         own = {"loss": own.pop("loss"), "perplexity": self.perplexity, **own, **self.losses}
         return {
             **{f"train/{name}": value for name, value in own.items()},
             **{f"experts/{layer}": value for layer, value in self.experts.items()},
             **{f"dropped/{layer}": value for layer, value in self.dropped.items()},
+            **{f"depth/{name}": value for name, value in self.depth.items()},
         }
 
     def __str__(self) -> str:
@@ -84,6 +87,12 @@ def dropped_picks(stats: Mapping[str, Tensor]) -> dict[str, float]:
     """By layer whose experts have limited room: the share of its picks that found none."""
     dropped = {name.removesuffix(DROPPED): float(x.sum()) for name, x in stats.items() if name.endswith(DROPPED)}
     return {layer: count / max(1.0, float(stats[layer + LOAD].sum())) for layer, count in dropped.items()}
+
+
+def depth_used(stats: Mapping[str, Tensor]) -> dict[str, float]:
+    """{"steps": mean over tokens}, where tokens stop by themselves. All of them run the first step."""
+    runs = [float(value) for name, value in stats.items() if name.endswith(STEPS)]
+    return {"steps": sum(runs) / max(runs)} if runs and max(runs) > 0 else {}
 
 
 class Silent:

@@ -12,7 +12,7 @@ from trainer.config import RunConfig
 from trainer.data.rows import on_device
 from trainer.data.samples import Samples
 from trainer.faults import Faults
-from trainer.metrics import StepMetrics, dropped_picks, expert_loads
+from trainer.metrics import StepMetrics, depth_used, dropped_picks, expert_loads
 from trainer.optim.base import Optimizer
 from trainer.peak import matmul_peak, peak_memory
 from trainer.state import RunState
@@ -69,5 +69,6 @@ class Stepper:
             losses={name: float(value) for name, value in out.losses.items()},
             experts=expert_loads(out.stats),
             dropped=dropped_picks(out.stats),
+            depth=depth_used(out.stats),
         )
         return state, report, out.votes > 0

@@ -3,7 +3,7 @@
 import dataclasses
 
 from models.context import LayerContext
-from models.slots import DepthConfig, DepthControl
+from models.depth.base import DepthConfig, DepthControl
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from models.buffers import Buffers
 from models.context import LayerContext
+from models.depth.base import DepthConfig, DepthControl, Gated
 from models.depth.controllers.base import GateController, penalty
 from models.ffn.groups import Grouped
 from models.params import Linear, upcast
-from models.slots import DepthConfig, DepthControl
 from models.state import Entry, Side, State
 
 
@@ -100,15 +100,13 @@ class Gate(Openness):
         # Not zero: relu has no gradient at 0, so a gate that starts at w = b = 0 is stuck at "every layer runs".
         self.proj = Linear(d_model, 1, bias=True, role="gate")
 
-    def forward(
-        self, peek_BTD: Tensor | None, inputs: State, side: Side
-    ) -> tuple[Tensor | None, State, dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, peek_BTD: Tensor | None, inputs: State, side: Side) -> Gated:
         assert peek_BTD is not None
         sum_BT = upcast(self.proj(peek_BTD))[..., 0].relu()
         if self.before is not None:
             sum_BT = inputs[self.before] + sum_BT
         gate_BT = opened(sum_BT)
-        return gate_BT, {self.own: sum_BT}, {}, self.report(gate_BT, side)
+        return Gated(gate_BT, {self.own: sum_BT}, stats=self.report(gate_BT, side))
 
 
 class ControlledGate(Gate, Buffers, Grouped):
@@ -127,16 +125,14 @@ class ControlledGate(Gate, Buffers, Grouped):
     def levels(self, like: Tensor) -> dict[str, Tensor]:
         return {level: getattr(self, level).to(like) for level in self.controller.levels()}
 
-    def forward(
-        self, peek_BTD: Tensor | None, inputs: State, side: Side
-    ) -> tuple[Tensor | None, State, dict[str, Tensor], dict[str, Tensor]]:
-        gate_BT, writes, _, stats = super().forward(peek_BTD, inputs, side)
-        half_BTL = opened(torch.stack([*(inputs[key] for key in self.reads), writes[self.own]], dim=-1))
+    def forward(self, peek_BTD: Tensor | None, inputs: State, side: Side) -> Gated:
+        gated = super().forward(peek_BTD, inputs, side)
+        half_BTL = opened(torch.stack([*(inputs[key] for key in self.reads), gated.writes[self.own]], dim=-1))
         gates_BTL = torch.cat([half_BTL, half_BTL.flip(-1)], dim=-1)
         cost = penalty(gates_BTL, side.valid_BT, self.controller, self.levels(gates_BTL), self.peers.sum)
         own_BTL = gates_BTL.detach().double().where(side.valid_BT[..., None], 0)
         sums = {"gates": own_BTL.sum((0, 1)), "squares": own_BTL.square().sum((0, 1)), "tokens": side.valid_BT.sum()}
-        return gate_BT, writes, {"gates": cost}, {**stats, **sums}
+        return gated._replace(losses={"gates": cost}, stats={**gated.stats, **sums})
 
     @torch.no_grad()
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
@@ -158,8 +154,6 @@ class Mirror(Openness):
         super().__init__(key_floor)
         self.reads = (name(mirror),)
 
-    def forward(
-        self, peek_BTD: Tensor | None, inputs: State, side: Side
-    ) -> tuple[Tensor | None, State, dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, peek_BTD: Tensor | None, inputs: State, side: Side) -> Gated:
         gate_BT = opened(inputs[self.reads[0]])
-        return gate_BT, {}, {}, self.report(gate_BT, side)
+        return Gated(gate_BT, stats=self.report(gate_BT, side))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from models.context import LayerContext
+from models.depth.base import DepthConfig, DepthControl, Gated
 from models.noise import uniform_sequences
-from models.slots import DepthConfig, DepthControl
 from models.state import Side, State
 
 
@@ -54,14 +54,12 @@ class Survival(DepthControl):
         super().__init__()
         self.survival, self.kept, self.expected = survival, kept, expected
 
-    def forward(
-        self, peek_BTD: Tensor | None, inputs: State, side: Side
-    ) -> tuple[Tensor | None, State, dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, peek_BTD: Tensor | None, inputs: State, side: Side) -> Gated:
         positions_BT = side.positions_BT
         if side.draws:
             # float64 holds 1 / p to the last digit that any model has.
             kept_B = (uniform_sequences(side, "depth") < self.survival).double() * self.kept
-            return kept_B[:, None].expand_as(positions_BT), {}, {}, {}
+            return Gated(kept_B[:, None].expand_as(positions_BT))
         if self.expected == 1:
-            return None, {}, {}, {}
-        return torch.full_like(positions_BT, self.expected, dtype=torch.float64), {}, {}, {}
+            return Gated()
+        return Gated(torch.full_like(positions_BT, self.expected, dtype=torch.float64))

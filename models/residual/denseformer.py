@@ -86,6 +86,9 @@ class DepthAverageStart(Connection):
         """The newest output: the average is made when the mixer reads."""
         return state[self.reads[-1]]
 
+    def add(self, state: State, x_BTD: Tensor) -> State:
+        return {**state, self.reads[-1]: state[self.reads[-1]] + x_BTD}
+
 
 class DepthAverageCloser(Closer):
     """The last average goes to the final norm."""

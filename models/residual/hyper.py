@@ -117,6 +117,9 @@ class StaticHyper(Connection):
         """The mean over the streams, which at initialisation is the plain residual's stream."""
         return state["streams"].mean(-2)
 
+    def add(self, state: State, x_BTD: Tensor) -> State:
+        return {**state, "streams": state["streams"] + x_BTD[..., None, :]}
+
 
 class DynamicHyper(StaticHyper):
     """A = act(norm(S) W_A) s_A + A_static, b = act(norm(S) W_b) s_b + b_static: row j sees stream j alone."""

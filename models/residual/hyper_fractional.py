@@ -114,3 +114,6 @@ class FractionalHyper(Connection):
     def peek(self, state: State) -> Tensor:
         """The mean over the streams, as in hyper."""
         return state["streams"].mean(-2)
+
+    def add(self, state: State, x_BTD: Tensor) -> State:
+        return {**state, "streams": state["streams"] + x_BTD[..., None, :]}

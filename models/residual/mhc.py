@@ -149,6 +149,9 @@ class ManifoldHyper(Connection):
         """The mean over the streams, which mixing leaves alone."""
         return state["streams"].mean(-2)
 
+    def add(self, state: State, x_BTD: Tensor) -> State:
+        return {**state, "streams": state["streams"] + x_BTD[..., None, :]}
+
 
 class SinkhornHyper(ManifoldHyper):
     """R by Sinkhorn-Knopp from the logits alpha[:, 1:]; p from alpha[:, 0]."""

@@ -44,7 +44,7 @@ class MidpointResidual(ResidualConfig, kind="midpoint"):
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         if branch == "mixer":
-            return MidpointStart(ctx.d_model)
+            return MidpointStart(ctx.d_model, self.grid_bits)
         return MidpointEnd(ctx.d_model, self.step if ctx.index == 0 else 2 * self.step, self.grid_bits)
 
     def open(self, d_model: int) -> Opener:
@@ -57,8 +57,9 @@ class MidpointResidual(ResidualConfig, kind="midpoint"):
 class MidpointStart(Connection):
     """A mixer's connection: its output waits as `delta`."""
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, grid_bits: int | None) -> None:
         super().__init__()
+        self.grid_bits = grid_bits
         self.writes = (Entry("delta", (d_model,)),)
 
     def read(self, state: State) -> tuple[Views, State]:
@@ -66,6 +67,9 @@ class MidpointStart(Connection):
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         return {**state, "delta": out_BTD}
+
+    def add(self, state: State, x_BTD: Tensor) -> State:
+        return {**state, "x": state["x"] + (x_BTD if self.grid_bits is None else on_grid(x_BTD, self.grid_bits))}
 
 
 class MidpointEnd(Connection):

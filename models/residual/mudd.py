@@ -123,6 +123,9 @@ class MixedStart(Connection):
         """The newest output."""
         return state[self.reads[-1]]
 
+    def add(self, state: State, x_BTD: Tensor) -> State:
+        return {**state, self.reads[-1]: state[self.reads[-1]] + x_BTD}
+
 
 class UnmixedStart(Connection):
     """A mixer's connection where there is no mix, as in front of the first layer: it reads the newest output."""
@@ -141,6 +144,9 @@ class UnmixedStart(Connection):
 
     def peek(self, state: State) -> Tensor:
         return state[self.newest]
+
+    def add(self, state: State, x_BTD: Tensor) -> State:
+        return {**state, self.newest: state[self.newest] + x_BTD}
 
 
 class MixedCloser(Closer):

@@ -78,6 +78,10 @@ class Reversible(Connection):
         """What the model would end with here."""
         return (state["x1"] + state["x2"]) / 2
 
+    def add(self, state: State, x_BTD: Tensor) -> State:
+        x_BTD = self.rounded(x_BTD)
+        return {**state, "x1": state["x1"] + x_BTD, "x2": state["x2"] + x_BTD}
+
 
 class TwoStreamOpener(Opener):
     """The embedding, on the grid if there is one, twice."""

@@ -7,20 +7,12 @@ import torch
 
 from configs.structure import instantiate
 from models.config import LMConfig
+from models.depth.base import DepthConfig
 from models.ffn.routing import RouterConfig
 from models.lm import LM
 from models.params import initialize
 from models.plugin import Plugin
-from models.slots import (
-    DepthConfig,
-    FFNConfig,
-    MixerConfig,
-    NormConfig,
-    ResidualConfig,
-    ScalingConfig,
-    ShortcutConfig,
-    ValuesConfig,
-)
+from models.slots import FFNConfig, MixerConfig, NormConfig, ResidualConfig, ScalingConfig, ShortcutConfig, ValuesConfig
 
 SLOTS: tuple[type[Plugin], ...] = (
     MixerConfig,
@@ -137,6 +129,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"controller": {"kind": "proportional_derivative", "var_offset": 0.1}},
     ),
     "stochastic": ({"survival": 0.9},),
+    "universal": ({"scale": 0.0}, {"scale": 0.1}),
+    "universal_act": ({"scale": 0.1, "bias": -1.0, "eps": 0.1}, {"ponder_coef": 0.0, "bias": 0.0}),
     "completep": ({"base_width": 4, "base_layers": 8, "base_head_dim": 2, "embedding_scale": 3.0},),
     "depth_mup": ({"base_width": 32, "base_layers": 1, "logits_scale": 2.0},),
     "laurel": ({"rank": 3},),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.config import LayerConfig, LMConfig
+from models.depth.base import DepthConfig
 from models.depth.controllers.adaptive import AdaptiveController
 from models.depth.controllers.base import penalty
 from models.depth.controllers.fixed import FixedController
@@ -19,7 +20,7 @@ from models.mixers.attention import AttentionConfig
 from models.mixers.gated_deltanet import GatedDeltaNetConfig
 from models.norms.peri import PeriNorm
 from models.params import initialize
-from models.slots import DepthConfig, ValuesConfig
+from models.slots import ValuesConfig
 from models.values.resformer import LearnableResFormerValues, ResFormerValues
 from parallel import check
 from parallel.mesh import MeshConfig

@@ -17,7 +17,7 @@ from parallel.mesh import Mesh
 from tests.trainer import runs
 from trainer import metrics
 from trainer.bench import bench
-from trainer.metrics import dropped_picks, expert_loads
+from trainer.metrics import depth_used, dropped_picks, expert_loads
 from trainer.profiling import ProfileConfig
 
 
@@ -49,6 +49,12 @@ def test_dropped_picks_are_a_share_of_all_picks() -> None:
     assert dropped_picks(stats) == {}
     stats |= {"layers.1.ffn.expert_dropped": torch.tensor([1, 0, 1]), "layers.2.ffn.expert_dropped": torch.zeros(2)}
     assert dropped_picks(stats) == {"layers.1": 0.25, "layers.2": 0.0}
+
+
+def test_steps_are_counted_per_token() -> None:
+    runs = {"layers.0.depth.steps": 8.0, "layers.2.depth.steps": 4.0, "layers.4.depth.steps": 2.0, "layers.0.x": 9.0}
+    assert depth_used({name: torch.tensor(value) for name, value in runs.items()}) == {"steps": 14 / 8}
+    assert depth_used({}) == {}
 
 
 def test_a_run_with_experts_reports_their_loads(data: Path, tmp_path: Path) -> None:
