@@ -39,6 +39,7 @@ def cost(config: LMConfig, sequence: int) -> Cost:
             parameter = getattr(module, attribute)
             if parameter.dim() > 1 and parameter not in in_core and spec.role != "embedding":
                 active += parameter.numel() * (share if of_experts(spec) else 1.0)
+        active -= own.mixer.idle(config.d_model)
         core += own.mixer.flops_per_token(config.d_model, sequence)
     active += matrices(model.opener) + matrices(model.closer)
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -198,6 +198,10 @@ class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
         """Forward FLOPs of the core, for MFU (projections are counted from their parameters); by default none are."""
         return 0.0
 
+    def idle(self, d_model: int) -> int:
+        """How many elements of its matrices a token is not multiplied with."""
+        return 0
+
 
 class FFNConfig(Plugin, slot="ffn", folder="models.ffn"):
     """Information across channels. grows: as of a mixer."""

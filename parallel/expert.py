@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.ffn.dispatch import LocalDispatch
-from models.ffn.experts import Experts
+from models.ffn.dispatch import LocalDispatch, Rowwise
 from models.ffn.groups import Grouped, Peers
 from models.ffn.routed import RoutedFFN
 from models.lm import LM
@@ -22,7 +21,7 @@ class AllToAllDispatch(LocalDispatch):
     def __init__(self, ep: Ranks) -> None:
         self.ep = ep
 
-    def __call__(self, x_MD: Tensor, expert_M: Tensor, experts: Experts) -> Tensor:
+    def __call__(self, x_MD: Tensor, expert_M: Tensor, experts: Rowwise) -> Tensor:
         local = experts.num_local
         order = expert_M.argsort(stable=True)
         counts_E = torch.bincount(expert_M, minlength=local * self.ep.size)

@@ -1,12 +1,37 @@
 """How rows reach their experts. Here all experts are local; expert parallelism has a version that sends rows to ranks.
 
-Shape suffixes: M rows, E experts, D model width.
+Shape suffixes: M rows, E experts, D model width, F width of what an expert makes.
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from models.ffn.experts import Experts
+from models.kernels.grouped_mm import grouped_mm
+
+
+class Rowwise(Protocol):
+    """Experts: `num_local` of them are held here, and run on rows sorted by expert, `counts_E` for each."""
+
+    @property
+    def num_local(self) -> int: ...
+
+    def __call__(self, x_MD: Tensor, counts_E: Tensor) -> Tensor: ...
+
+
+class Matrices:
+    """Experts that are one matrix each, [E, inputs, outputs]."""
+
+    def __init__(self, weight_EDF: Tensor) -> None:
+        self.weight_EDF = weight_EDF
+
+    @property
+    def num_local(self) -> int:
+        return self.weight_EDF.shape[0]
+
+    def __call__(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
+        return grouped_mm(x_MD, self.weight_EDF, counts_E)
 
 
 class LocalDispatch:
@@ -15,7 +40,7 @@ class LocalDispatch:
     Every step is a permutation: backward has no sums whose order could depend on threads.
     """
 
-    def __call__(self, x_MD: Tensor, expert_M: Tensor, experts: Experts) -> Tensor:
+    def __call__(self, x_MD: Tensor, expert_M: Tensor, experts: Rowwise) -> Tensor:
         """x_MD: rows in any order. expert_M: each row's expert, among all experts. Returns y_MD in the rows' order."""
         order_M = expert_M.argsort(stable=True)
         counts_E = count_sorted(expert_M.index_select(0, order_M), experts.num_local)

@@ -43,6 +43,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"gate": {"kind": "slice"}},
         {"gate": {"kind": "constant", "start": 0.9}},
     ),
+    "moa": ({"num_heads": 4, "window": 3}, {"qk_norm": True, "rope": "none"}),
     "persistent_memory": ({"slots": 3, "window": 3, "num_kv_heads": 1}, {"rope": "none", "output_gate": True}),
     "mla": (
         {"query_latent_dim": 5, "rope": "half", "value_dim": 3},
