@@ -103,7 +103,7 @@ ALL = (
         (
             ["plugins", "mxer"],
             "there is no slot 'mxer'; did you mean mixer? "
-            "the slots are mixer, attention_gate, ffn, router, norm, residual, values, shortcut, scaling, depth, "
+            "the slots are mixer, attention_gate, router, ffn, norm, residual, values, shortcut, scaling, depth, "
             "controller, task, packing, optim, schedule",
         ),
         (["eval", "nope"], "nope has no checkpoint; give the folder of a run that has saved one"),
