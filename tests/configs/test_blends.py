@@ -7,6 +7,8 @@ from configs.validate import parse
 from tests.configs.test_validate import RUN, refusal
 from trainer.config import RunConfig, Source
 
+EITHER = "is not text or a list, each a mapping with path, weight or null; the default of train is null"
+
 
 def test_a_blend_goes_there_and_back() -> None:
     train = [{"path": "a", "weight": 1}, {"path": "b", "weight": 0.5}]
@@ -21,13 +23,16 @@ def test_a_blend_goes_there_and_back() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("data.train=3", "data.train: 3 is not text or a list, each a mapping with path, weight"),
-        ("data.train={path: a}", "data.train: {'path': 'a'} is not text or a list, each a mapping with path, weight"),
+        ("data.train=3", f"data.train: 3 {EITHER}"),
+        ("data.train={path: a}", f"data.train: {{'path': 'a'}} {EITHER}"),
         ("data.train=[a]", "data.train.0: 'a' is not a mapping; write a mapping with path, weight"),
         ("data.train=[{path: a}]", "data.train.0: weight is missing; data.train.0 needs it, a number"),
         ("data.train=[{path: a, weight: 1, w: 2}]", "data.train.0.w: unknown key; data.train.0 takes path, weight"),
         ("data.train=[{path: a, weight: '1'}]", "data.train.0.weight: '1' is not a number; write 1.0 without quotes"),
-        ("data.train=[]", "data: train is an empty list; name a dataset, or list path and weight of several"),
+        (
+            "data.train=[]",
+            "data: train is missing or an empty list; name a dataset, list path and weight of several, or give a task",
+        ),
         (
             "data.train=[{path: a, weight: 1}, {path: b, weight: 0}]",
             "data.train.1: weight is 0.0; it must be above 0; leave a source out that is not wanted",
