@@ -21,7 +21,7 @@ class SparseResFormerValues(ValuesConfig, kind="resformer_sparse"):
     lambda2: float = 1.0
 
     crosses_layers = True
-    example = MappingProxyType({"layers": [2]})
+    example = MappingProxyType({"layers": [1]})
 
     def __post_init__(self) -> None:
         if not self.layers or min(self.layers) < 1:
