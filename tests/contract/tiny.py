@@ -175,6 +175,17 @@ def build(num_layers: int = 4, **fields: Any) -> LMConfig:
     return instantiate(LMConfig, {"layers": {"A": layer}, **data})
 
 
+# Four layers of two mixers, with experts in each.
+HYBRID: dict[str, Any] = {
+    "pattern": "GGGA",
+    "repeat": 1,
+    "layers": {
+        "G": {"mixer": plain("mixer", "gated_deltanet"), "ffn": plain("ffn", "moe_plus_plus")},
+        "A": {"mixer": plain("mixer", "attention"), "ffn": plain("ffn", "moe")},
+    },
+}
+
+
 def hybrid() -> LMConfig:
     """A layer of gated DeltaNet and one of attention with experts, in hyper-connections."""
     layers = {

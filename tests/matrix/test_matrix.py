@@ -14,7 +14,7 @@ from models.lm import LM
 from parallel import check
 from parallel.mesh import MeshConfig
 from parallel.testing import Pool, RankError
-from tests.contract.tiny import build, describe, draw, every_kind, of_kind, plain
+from tests.contract.tiny import HYBRID, build, describe, draw, every_kind, of_kind, plain
 
 EVERYDAY = ("fsdp=2", "tp=2", "cp=2", "pp=2,schedule=zbv")
 MESHES = (
@@ -45,14 +45,6 @@ MESHES = (
     "hsdp=2x2,ep=4",
     "dp=2,tp=2,pp=2,schedule=zero_bubble",
 )
-HYBRID = {
-    "pattern": "GGGA",
-    "repeat": 1,
-    "layers": {
-        "G": {"mixer": plain("mixer", "gated_deltanet"), "ffn": plain("ffn", "moe_plus_plus")},
-        "A": {"mixer": plain("mixer", "attention"), "ffn": plain("ffn", "moe")},
-    },
-}
 COMBINATIONS: dict[str, LMConfig] = {
     "hybrid": build(**HYBRID, residual="hyper", values="resformer_learnable", norm="peri", tie_embeddings=True),
     "mudd": build(**HYBRID, residual="mudd", values="resformer", depth="skip_middle"),

@@ -17,8 +17,7 @@ from parallel import check, pipeline
 from parallel.engine import Batch, Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
-from tests.contract.tiny import build, every_kind, of_kind
-from tests.matrix.test_matrix import HYBRID
+from tests.contract.tiny import HYBRID, build, every_kind, of_kind
 from trainer.optim.adamw import AdamWConfig
 
 HYBRID_MODEL = build(**HYBRID, residual="hyper", depth="skip_middle")

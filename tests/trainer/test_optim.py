@@ -14,8 +14,7 @@ from models.params import Axis, Normal, ParamSpec, Parts, named_specs
 from parallel.deal import deal
 from parallel.engine import Engine
 from parallel.mesh import Mesh
-from tests.contract.tiny import build
-from tests.matrix.test_matrix import HYBRID
+from tests.contract.tiny import HYBRID, build
 from trainer.optim.base import OptimConfig
 from trainer.optim.groups import refuse_patterns, settings
 from trainer.optim.muon import Muon, MuonConfig

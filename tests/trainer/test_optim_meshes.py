@@ -14,8 +14,7 @@ from models.slots import FFNConfig
 from parallel import check
 from parallel.mesh import MeshConfig
 from parallel.testing import Pool
-from tests.contract.tiny import build, plain
-from tests.matrix.test_matrix import HYBRID
+from tests.contract.tiny import HYBRID, build, plain
 from tests.trainer import runs
 from tests.trainer.test_optim import GROUPS, optim
 from trainer.optim.base import one_step
