@@ -30,6 +30,12 @@ def check_size(what: str, *sizes: int) -> None:
         raise ValueError(f"{what} {shape} is too large, a tensor holds fewer than 2**60 elements; use smaller sizes")
 
 
+def shared_out(num_heads: int, num_kv_heads: int | None) -> None:
+    """Raise ValueError unless each key/value head serves the same number of query heads."""
+    if num_heads % (num_kv_heads or num_heads):
+        raise ValueError(f"num_heads {num_heads} is not a positive multiple of num_kv_heads {num_kv_heads}; change one")
+
+
 def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
     """head_dim where given, and otherwise d_model / num_heads. Raises ValueError where that is no whole number."""
     if head_dim is None and d_model % num_heads:

@@ -4,7 +4,6 @@ Shape suffixes: N examples, T tokens of an example, V vocabulary.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,17 +12,15 @@ from rich.console import Console
 from torch import Tensor
 
 from configs.load import merge, override
-from configs.structure import instantiate, to_plain
+from configs.structure import to_plain
 from configs.validate import parse
 from models.hf.folder import is_exported
 from models.limits import at_least
-from models.lm import LM
 from parallel.engine import Batch
-from trainer import checkpoint
-from trainer.config import RunConfig
 from trainer.data.rows import on_device
 from trainer.data.tasks.base import TaskConfig, TaskRows
 from trainer.exported import Exported
+from trainer.loaded import load_whole
 from trainer.process import device_type
 from trainer.progress import counting
 
@@ -90,15 +87,9 @@ def run(request: Request) -> Report:
         def answer(batch: Batch) -> Tensor:
             return exported.model(input_ids=batch.tokens, use_cache=False).logits
     else:
-        path = checkpoint.choose(request.model, lambda text: print(f"weft: warning: {text}", file=sys.stderr))
-        content = checkpoint.read(path)
-        config: RunConfig = instantiate(RunConfig, content.config)
+        config, lm, path = load_whole(request.model)
         name, learned, length, seed = str(path), config.data.task, config.data.sequence_length, config.run.seed
         vocab_size = config.model.vocab_size
-        with torch.device("meta"):
-            lm = LM(config.model)
-        lm.load_state_dict(dict(content.model), assign=True)
-        lm = lm.to(device_type()).eval()
 
         def answer(batch: Batch) -> Tensor:
             return lm(batch.tokens, documents_BT=batch.documents, positions_BT=batch.positions).logits

@@ -1,25 +1,19 @@
 """From prompts to texts, by whatever holds a model: a run, a checkpoint or an exported folder."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from configs.errors import shown
-from configs.structure import instantiate
 from models.hf.folder import is_exported, read_config
-from models.lm import LM
-from trainer import checkpoint
-from trainer.config import RunConfig
 from trainer.data.document import open_stream, reading
 from trainer.data.fitting import fitting_tokenizer
 from trainer.data.formats.jsonl import JsonLines
 from trainer.evaluation import own_tokenizer
 from trainer.exported import Exported
 from trainer.generate import Decoder, OwnDecoder, decode
+from trainer.loaded import load_whole
 
 Write = Callable[..., list[str]]
 
@@ -35,14 +29,9 @@ def writer(model: Path, tokenizer: str | None, trust: bool) -> Write:
         own = fitting_tokenizer(tokenizer or own_tokenizer(model), str(model), vocab_size)
         decoder: Decoder = Exported(model, trust)
     else:
-        path = checkpoint.choose(model, lambda text: print(f"weft: warning: {text}", file=sys.stderr))
-        content = checkpoint.read(path)
-        config: RunConfig = instantiate(RunConfig, content.config)
+        config, lm, _ = load_whole(model)
         own = fitting_tokenizer(tokenizer or config.data.tokenizer, str(model), config.model.vocab_size)
-        with torch.device("meta"):
-            lm = LM(config.model)
-        lm.load_state_dict(dict(content.model), assign=True)
-        decoder = OwnDecoder(lm.to("cuda" if torch.cuda.is_available() else "cpu").eval())
+        decoder = OwnDecoder(lm)
     end = own.end_of_document
 
     def write(prompts: list[str], max_new_tokens: int, **settings: Any) -> list[str]:

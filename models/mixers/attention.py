@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.context import LayerContext
 from models.kernels.attention import Attend, Softmax, as_bias, as_gated_bias, visibility
-from models.limits import at_least, head_width
+from models.limits import at_least, head_width, shared_out
 from models.params import Axis, Linear, RMSNorm
 from models.rope import angles, rotate_half, rotate_interleaved
 from models.slots import Cache, Mixer, MixerConfig
@@ -49,10 +49,7 @@ class AttentionConfig(MixerConfig, kind="attention"):
         at_least(self, 1, "window", hint=", or null for no window")
         # Below 1 later pairs of channels turn faster than the first, in the end by more than float32 holds.
         at_least(self, 1, "rope_theta", hint=", and 10000 is usual")
-        if self.num_heads % (self.num_kv_heads or self.num_heads):
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a positive multiple of num_kv_heads {self.num_kv_heads}; change one"
-            )
+        shared_out(self.num_heads, self.num_kv_heads)
         if not 0 < self.rope_fraction <= 1:
             raise ValueError(f"rope_fraction is {self.rope_fraction}; it must lie in (0, 1]")
 

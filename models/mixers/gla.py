@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
-from models.limits import above_zero, at_least
+from models.limits import above_zero, at_least, shared_out
 from models.linear import LinearMixer, Rule, key_gated, rule_flops, whole
 from models.params import Axis, Linear, RMSNorm, upcast
 from models.slots import Cache, Mixer, MixerConfig
@@ -47,10 +47,7 @@ class GLAConfig(MixerConfig, kind="gla"):
         at_least(self, 1, "num_heads", "num_kv_heads", "gate_rank")
         at_least(self, 2, "conv_size", hint=" tokens, or null for no convolution")
         above_zero(self, "gate_normalizer", hint=", and 16 is usual")
-        if self.num_heads % (self.num_kv_heads or self.num_heads):
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; change one"
-            )
+        shared_out(self.num_heads, self.num_kv_heads)
         if self.gate_floor is not None and self.gate_floor >= 0:
             raise ValueError(f"gate_floor is {self.gate_floor}; log decays are below 0, so give less, or null for none")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.context import LayerContext
 from models.head_norm import NormedOutput
-from models.limits import above_zero, at_least
+from models.limits import above_zero, at_least, shared_out
 from models.linear import LinearMixer, Rule, key_gated, rule_flops, whole
 from models.params import Axis, Linear, upcast
 from models.slots import Cache, Mixer, MixerConfig
@@ -44,10 +44,7 @@ class GSAConfig(MixerConfig, kind="gsa"):
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "num_slots", "num_kv_heads")
         above_zero(self, "gate_normalizer", hint=", and 8 is usual")
-        if self.num_heads % (self.num_kv_heads or self.num_heads):
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; change one"
-            )
+        shared_out(self.num_heads, self.num_kv_heads)
 
     def canonical(self, d_model: int) -> Self:
         return dataclasses.replace(self, num_kv_heads=self.num_kv_heads or self.num_heads)

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.slots import Opener
+from models.state import Entry, State
+
 
 class _OnGrid(torch.autograd.Function):
     """A Function, because the usual x + (rounded - x).detach() is itself rounded, off the grid."""
@@ -19,19 +22,33 @@ class _OnGrid(torch.autograd.Function):
         return gradients[0], None
 
 
-def on_grid(x: Tensor, bits: int) -> Tensor:
-    """round(x 2^bits) / 2^bits, with the gradient of the identity.
+def on_grid(x: Tensor, bits: int | None) -> Tensor:
+    """round(x 2^bits) / 2^bits, with the gradient of the identity. bits: None is no grid.
 
     Sums of grid points are exact, in any order, while |x| 2^bits < 2^24 in float32 (2^53 in float64).
     """
-    return _OnGrid.apply(x, bits)  # type: ignore[return-value]
+    return x if bits is None else _OnGrid.apply(x, bits)  # type: ignore[return-value]
 
 
-def check_bits(bits: int, dtype: torch.dtype) -> None:
+def check_bits(bits: int | None, dtype: torch.dtype) -> None:
     """ValueError when `dtype` has no room for values above 1 on the grid."""
     digits = 1 - int(math.log2(torch.finfo(dtype).eps))
-    if bits >= digits:
+    if bits is not None and bits >= digits:
         raise ValueError(
             f"grid_bits is {bits} and the stream is {dtype}, which has {digits} binary digits; use "
             "fewer bits, a stream of more digits, or grid_bits null"
         )
+
+
+class TwiceOnGrid(Opener):
+    """The embedding, on the grid if there is one, as two entries."""
+
+    def __init__(self, d_model: int, grid_bits: int | None, names: tuple[str, str]) -> None:
+        super().__init__(d_model)
+        self.grid_bits, self.names = grid_bits, names
+        self.writes = tuple(Entry(name, (d_model,)) for name in names)
+
+    def forward(self, x_BTD: Tensor) -> State:
+        check_bits(self.grid_bits, x_BTD.dtype)
+        x_BTD = on_grid(x_BTD, self.grid_bits)
+        return dict(zip(self.names, (x_BTD, x_BTD.clone()), strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import above_zero
-from models.residual.fixed_point import check_bits, on_grid
+from models.residual.fixed_point import TwiceOnGrid, check_bits, on_grid
 from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
 
@@ -39,8 +39,7 @@ class MidpointResidual(ResidualConfig, kind="midpoint"):
             )
 
     def check_dtype(self, dtype: torch.dtype) -> None:
-        if self.grid_bits is not None:
-            check_bits(self.grid_bits, dtype)
+        check_bits(self.grid_bits, dtype)
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         if branch == "mixer":
@@ -48,7 +47,7 @@ class MidpointResidual(ResidualConfig, kind="midpoint"):
         return MidpointEnd(ctx.d_model, self.step if ctx.index == 0 else 2 * self.step, self.grid_bits)
 
     def open(self, d_model: int) -> Opener:
-        return MidpointOpener(d_model, self.grid_bits)
+        return TwiceOnGrid(d_model, self.grid_bits, ("x", "previous"))
 
     def close(self, d_model: int, num_layers: int) -> Closer:
         return MidpointCloser()
@@ -69,7 +68,7 @@ class MidpointStart(Connection):
         return {**state, "delta": out_BTD}
 
     def add(self, state: State, x_BTD: Tensor) -> State:
-        return {**state, "x": state["x"] + (x_BTD if self.grid_bits is None else on_grid(x_BTD, self.grid_bits))}
+        return {**state, "x": state["x"] + on_grid(x_BTD, self.grid_bits)}
 
 
 class MidpointEnd(Connection):
@@ -86,8 +85,7 @@ class MidpointEnd(Connection):
         return Views.same(state["x"] + state["delta"]), {}
 
     def added(self, delta_BTD: Tensor, out_BTD: Tensor) -> Tensor:
-        added_BTD = self.factor * (delta_BTD + out_BTD)
-        return added_BTD if self.grid_bits is None else on_grid(added_BTD, self.grid_bits)
+        return on_grid(self.factor * (delta_BTD + out_BTD), self.grid_bits)
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         others = {name: entry for name, entry in state.items() if name != "delta"}
@@ -98,21 +96,6 @@ class MidpointEnd(Connection):
         """The state before the layer, from the one after it: its `previous` is what the layer read, so that both
         branches can be run again for their outputs."""
         return {**state, "x": state["previous"], "previous": state["x"] - self.added(delta_BTD, out_BTD)}
-
-
-class MidpointOpener(Opener):
-    """The embedding, on the grid if there is one, as p_0; and in the place of what came before it."""
-
-    def __init__(self, d_model: int, grid_bits: int | None) -> None:
-        super().__init__(d_model)
-        self.grid_bits = grid_bits
-        self.writes = (Entry("x", (d_model,)), Entry("previous", (d_model,)))
-
-    def forward(self, x_BTD: Tensor) -> State:
-        if self.grid_bits is not None:
-            check_bits(self.grid_bits, x_BTD.dtype)
-            x_BTD = on_grid(x_BTD, self.grid_bits)
-        return {"x": x_BTD, "previous": x_BTD.clone()}
 
 
 class MidpointCloser(Closer):

@@ -9,8 +9,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from models.context import LayerContext
+from models.residual.plain import Plain
 from models.slots import Connection, ResidualConfig
-from models.state import Entry, State, Views
+from models.state import Entry, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,33 +29,21 @@ class ParallelResidual(ParallelResidualTwoNorms, kind="parallel"):
     one_norm = True
 
 
-class ParallelMixer(Connection):
+class ParallelMixer(Plain):
     """Leaves x to the FFN as it is, and its own output beside it."""
 
     def __init__(self, d_model: int, shortcut: nn.Module) -> None:
-        super().__init__()
-        self.shortcut = shortcut
+        super().__init__(d_model, shortcut)
         self.writes = (Entry("mixed", (d_model,)),)
-
-    def read(self, state: State) -> tuple[Views, State]:
-        return Views.same(state["x"]), {}
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         return {**state, "mixed": self.shortcut(state["x"]) + out_BTD}
 
 
-class ParallelFFN(Connection):
+class ParallelFFN(Plain):
     """Adds its output to what the mixer left: each of the two passes its own shortcut once."""
 
     reads = ("x", "mixed")
-
-    def __init__(self, d_model: int, shortcut: nn.Module) -> None:
-        super().__init__()
-        self.shortcut = shortcut
-        self.writes = (Entry("x", (d_model,)),)
-
-    def read(self, state: State) -> tuple[Views, State]:
-        return Views.same(state["x"]), {}
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         others = {name: entry for name, entry in state.items() if name != "mixed"}

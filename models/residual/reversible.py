@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.residual.fixed_point import check_bits, on_grid
+from models.residual.fixed_point import TwiceOnGrid, check_bits, on_grid
 from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
 
@@ -37,15 +37,14 @@ class ReversibleResidual(ResidualConfig, kind="reversible"):
             )
 
     def check_dtype(self, dtype: torch.dtype) -> None:
-        if self.grid_bits is not None:
-            check_bits(self.grid_bits, dtype)
+        check_bits(self.grid_bits, dtype)
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         source, target = ("x2", "x1") if branch == "mixer" else ("x1", "x2")
         return Reversible(ctx.d_model, source, target, self.grid_bits)
 
     def open(self, d_model: int) -> Opener:
-        return TwoStreamOpener(d_model, self.grid_bits)
+        return TwiceOnGrid(d_model, self.grid_bits, ("x1", "x2"))
 
     def close(self, d_model: int, num_layers: int) -> Closer:
         return TwoStreamCloser()
@@ -65,7 +64,7 @@ class Reversible(Connection):
         return Views.same(state[self.source]), {}
 
     def rounded(self, out_BTD: Tensor) -> Tensor:
-        return out_BTD if self.grid_bits is None else on_grid(out_BTD, self.grid_bits)
+        return on_grid(out_BTD, self.grid_bits)
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         return {**state, self.target: state[self.target] + self.rounded(out_BTD)}
@@ -81,21 +80,6 @@ class Reversible(Connection):
     def add(self, state: State, x_BTD: Tensor) -> State:
         x_BTD = self.rounded(x_BTD)
         return {**state, "x1": state["x1"] + x_BTD, "x2": state["x2"] + x_BTD}
-
-
-class TwoStreamOpener(Opener):
-    """The embedding, on the grid if there is one, twice."""
-
-    def __init__(self, d_model: int, grid_bits: int | None) -> None:
-        super().__init__(d_model)
-        self.grid_bits = grid_bits
-        self.writes = (Entry("x1", (d_model,)), Entry("x2", (d_model,)))
-
-    def forward(self, x_BTD: Tensor) -> State:
-        if self.grid_bits is not None:
-            check_bits(self.grid_bits, x_BTD.dtype)
-            x_BTD = on_grid(x_BTD, self.grid_bits)
-        return {"x1": x_BTD, "x2": x_BTD.clone()}
 
 
 class TwoStreamCloser(Closer):

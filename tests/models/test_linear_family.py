@@ -161,7 +161,10 @@ def test_hgrn(conv: int | None) -> None:
 REFUSED: dict[str, tuple[Any, str]] = {
     "a fraction of a key": (lambda: GLAConfig(num_heads=3).key_width(16), "a key head would be 2.66667 wide; it must"),
     "no value": (lambda: RetentionConfig(expand_v=0.0).value_shape(16), "a value head would be 0 wide; it must be"),
-    "shared heads": (lambda: GLAConfig(num_heads=4, num_kv_heads=3), "4 is not a multiple of num_kv_heads 3; change"),
+    "shared heads": (
+        lambda: GLAConfig(num_heads=4, num_kv_heads=3),
+        "4 is not a positive multiple of num_kv_heads 3; change",
+    ),
     "a floor above": (lambda: GLAConfig(gate_floor=0.5), "gate_floor is 0.5; log decays are below 0"),
     "a gate of nothing": (lambda: GLAConfig(gate_normalizer=0.0), "gate_normalizer is 0.0; it must be above 0"),
     "value heads": (lambda: KDAConfig(num_heads=2, num_value_heads=3, head_dim=4), "every key head serves the same"),
