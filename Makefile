@@ -6,10 +6,15 @@ CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 # More arguments for pytest, as in: make test ARGS="-k layering"
 ARGS ?=
+# Test processes side by side, each with its own pool of ranks, which need 4 GB: ranks that wait for one another leave
+# half of two cores idle otherwise.
+WORKERS ?= auto
+MAX_WORKERS ?= 4
 
 PACKAGES := configs models parallel trainer launch
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.weft-installed
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses $(MAX_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install test test-slow lint check-all demo clean
@@ -29,10 +34,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) $(wildcard $(PACKAGES:%=%/__init__.py))
 	touch $@
 
 test: install ## run the tests, without the long sweeps
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: install ## run the long sweeps only
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: install ## check style, format and types
 	$(BIN)/ruff check .
