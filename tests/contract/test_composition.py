@@ -4,7 +4,6 @@ Their meshes are in tests/matrix, their exports in tests/hf; WEFT_DRAWS sets how
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 from models.config import LMConfig
 from models.lm import LM
 from tests.contract import test_contract as contract
-from tests.contract.tiny import build, describe, draw
+from tests.contract.tiny import MANY, build, describe, draw
 
 PROMISES: tuple[Callable[[LMConfig], None], ...] = (
     contract.test_shapes_gradients_and_dtype,
@@ -119,12 +118,6 @@ def test_random_combinations(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_many_random_combinations() -> None:
-    wrong = []
-    for seed in range(100, 100 + int(os.environ.get("WEFT_DRAWS", "500"))):
-        try:
-            check_draw(seed)
-        except AssertionError as error:
-            wrong.append(str(error))
-    assert not wrong, "\n".join(wrong)
+@pytest.mark.parametrize("seed", MANY)
+def test_many_random_combinations(seed: int) -> None:
+    check_draw(seed)

@@ -1,5 +1,6 @@
 """Small configs: one per discovered kind, and random legal combinations of all of them."""
 
+import os
 import random
 from typing import Any
 
@@ -26,6 +27,8 @@ SLOTS: tuple[type[Plugin], ...] = (
 )
 ALL_SLOTS: tuple[type[Plugin], ...] = (*SLOTS, RouterConfig)  # a router stands inside an ffn
 LETTERS = "ABCD"
+# The seeds that the slow tests draw from; WEFT_DRAWS sets how many.
+MANY = range(100, 100 + int(os.environ.get("WEFT_DRAWS", "500")))
 # Other settings that a draw may give to a kind; kinds that are not here are drawn with their example alone.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "attention": (

@@ -1,6 +1,5 @@
 """The matrix: on every mesh a step equals one process's: loss, every gradient, statistics, updated parameters."""
 
-import os
 import random
 from typing import Any
 
@@ -13,8 +12,8 @@ from models.ffn.experts import Experts
 from models.lm import LM
 from parallel import check
 from parallel.mesh import MeshConfig
-from parallel.testing import Pool, RankError
-from tests.contract.tiny import HYBRID, build, describe, draw, every_kind, of_kind, plain
+from parallel.testing import Pool
+from tests.contract.tiny import HYBRID, MANY, build, describe, draw, every_kind, of_kind, plain
 
 EVERYDAY = ("fsdp=2", "tp=2", "cp=2", "pp=2,schedule=zbv")
 MESHES = (
@@ -176,16 +175,9 @@ def test_random_combinations(seed: int, pool: Pool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_many_random_combinations(pool: Pool) -> None:
-    """WEFT_DRAWS sets how many."""
-    wrong = []
-    for seed in range(100, 100 + int(os.environ.get("WEFT_DRAWS", "500"))):
-        try:
-            check_draw(seed, pool)
-        except (AssertionError, RankError, TimeoutError) as error:
-            wrong.append(f"draw {seed}: {error}")
-    assert not wrong, "\n".join(wrong)
+@pytest.mark.parametrize("seed", MANY)
+def test_many_random_combinations(seed: int, pool: Pool) -> None:
+    check_draw(seed, pool)
 
 
 @pytest.mark.slow
