@@ -83,7 +83,10 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def convert_sentencepiece(path: Path, folder: Path, vocab_size: int, max_length: int | None) -> Exported:
-    """Write tokenizer.json. One difference: a text's own U+2581, which SentencePiece uses for a space, becomes one."""
+    """Write tokenizer.json. One difference: a text's own U+2581, which SentencePiece uses for a space, becomes one.
+
+    A model without a padding token pads with its unknown token.
+    """
     processor = SentencePieceProcessor(model_file=str(path))
     size = processor.vocab_size()
     check_size(path, size, vocab_size)
@@ -115,7 +118,10 @@ def convert_sentencepiece(path: Path, folder: Path, vocab_size: int, max_length:
     tokenizer.decoder = decoders.Sequence(steps)
     special = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
     present = {name: index for name, index in special.items() if index >= 0}
-    tokenizer.add_special_tokens([pieces[index] for index in {unknown, *present.values()}])
+    # Batches need one. The end-of-document token would hide real ends from losses that leave padding out; the unknown
+    # token stands in no text where bytes spell what has no piece, and tells nothing elsewhere.
+    present.setdefault("pad", unknown)
+    tokenizer.add_special_tokens([pieces[index] for index in sorted({unknown, *present.values()})])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
+from transformers import AutoTokenizer
 
 from models.hf.tokenizer import SAMPLE, export_tokenizer
 from trainer.data.tokenizers.sentencepiece import SentencePiece, TokenizerConfig
@@ -32,12 +33,24 @@ def test_a_tokenizer_of_ours(tmp_path: Path, kind: str) -> None:
     exported = export_tokenizer(str(tmp_path / "tokenizer.model"), tmp_path, 500, max_length=32)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     theirs.encode_special_tokens = True
-    assert (exported.bos_id, exported.eos_id, exported.pad_id) == (None, ours.end_of_document, None)
+    assert (exported.bos_id, exported.eos_id, exported.pad_id) == (
+        None,
+        ours.end_of_document,
+        theirs.token_to_id("<unk>"),
+    )
     assert exported.sample_ids == ours.encode(SAMPLE)
     for text in TEXTS + AWKWARD:
         ids = ours.encode(text)
         assert theirs.encode(text, add_special_tokens=False).ids == ids
         assert theirs.decode(ids, skip_special_tokens=False) == text
+
+
+def test_texts_of_unequal_length_make_a_batch(tmp_path: Path) -> None:
+    SentencePiece.train(TEXTS, TokenizerConfig(vocab_size=500)).save(tmp_path)
+    export_tokenizer(str(tmp_path / "tokenizer.model"), tmp_path, 500, max_length=None)
+    batch = AutoTokenizer.from_pretrained(tmp_path)(["one", "one and two"], padding=True, padding_side="left")
+    assert len({len(row) for row in batch["input_ids"]}) == 1
+    assert 0 in batch["attention_mask"][0] and 0 not in batch["attention_mask"][1]
 
 
 def test_a_tokenizer_that_begins_every_text_with_a_space(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_out_again_with_every_bit(
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (source / "tokenizer.json").read_bytes() == (tmp_path / "out" / "tokenizer.json").read_bytes()
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert generation == {"eos_token_id": 1, "temperature": 0.6}
+    assert generation == {"eos_token_id": 1, "pad_token_id": 0, "temperature": 0.6}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["max_position_embeddings"] == 2048
 
