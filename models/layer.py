@@ -15,6 +15,7 @@ from models.by_rank import ByRank, check_by_rank
 from models.config import LMConfig
 from models.depth.base import DepthControl, Gated
 from models.open_tokens import OpenTokens, one_row, worthwhile
+from models.plugin import promises
 from models.slots import FFN, Beside, Cache, Connection, Mixer, Placement, Values
 from models.state import ALL_VALUES, KEY_GATE, Entry, Layout, OwnTokens, Result, Side, State, Valued, Views
 
@@ -233,9 +234,9 @@ class Sublayer(nn.Module, Generic[Branch]):
 def joined(layer: "Layer", *parts: tuple[bool, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """All losses of a layer, whose index only errors read: a compiler would otherwise make code for every layer.
 
-    Each part says whether it has any, which pipeline stages plan by.
+    Each part says whether it has any, which pipeline stages plan by. Losses of one name are added, as layers' are.
 
-    Raises ValueError when a part does not do as it says, or two parts use one name: a loss would be lost in silence.
+    Raises ValueError when a part does not do as it says: a loss would be lost in silence.
     """
     found: dict[str, Tensor] = {}
     for declared, losses in parts:
@@ -244,9 +245,8 @@ def joined(layer: "Layer", *parts: tuple[bool, Mapping[str, Tensor]]) -> dict[st
                 f"a part of layer {layer.index} says has_losses={declared} and returns {sorted(losses) or 'no losses'};"
                 " declare what it returns"
             )
-        if twice := found.keys() & losses.keys():
-            raise ValueError(f"two parts of layer {layer.index} return a loss named {min(twice)!r}; rename one")
-        found |= losses
+        for name, loss in losses.items():
+            found[name] = found[name] + loss if name in found else loss
     return found
 
 
@@ -276,7 +276,9 @@ class Layer(nn.Module):
             "mixer": MixerBranch(
                 block.mixer(own.mixer, values.own), values, unseen=own.mixer.unseen and config.depth.gates_keys
             ),
-            "ffn": FFNBranch(block.share("ffn", own.ffn.build), unseen=own.ffn.causal and own.ffn.batch_independent),
+            "ffn": FFNBranch(
+                block.share("ffn", own.ffn.build), unseen=promises(own.ffn, "causal", "batch_independent")
+            ),
         }
         for name in ("mixer", "ffn"):
             path = config.shortcut.build(ctx)
@@ -319,7 +321,8 @@ class Layer(nn.Module):
             state = self.mixer.connection.add(state, gated.added_BTD)
         key_gate_BT = self.depth.key_gate(gate_BT) if gate_BT is not None and self.key_gate else None
         state, mixed = self.mixer(state, side, local, gate_BT, key_gate_BT, cache)
-        skips = self.depth.closes and self.ffn.branch.skips and worthwhile()
+        # What draws, such as the picks that a full expert drops, may look at the other tokens.
+        skips = self.depth.closes and self.ffn.branch.skips and not side.draws and worthwhile()
         state, channel = self.ffn(state, side, local, gate_BT, gate_BT if skips else None, None)
         losses = joined(
             self,

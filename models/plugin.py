@@ -94,3 +94,8 @@ def plugins_in(value: Any) -> Iterator[Plugin]:
         return
     for item in value:
         yield from plugins_in(item)
+
+
+def promises(value: Any, *names: str) -> bool:
+    """Whether every plug-in inside a config, nested ones too, has all of these properties or does not deny them."""
+    return all(getattr(plugin, name, True) for plugin in plugins_in(value) for name in names)

@@ -17,6 +17,7 @@ from tests.contract.tiny import MANY, build, describe, draw
 
 PROMISES: tuple[Callable[[LMConfig], None], ...] = (
     contract.test_shapes_gradients_and_dtype,
+    contract.test_what_evaluation_leaves_out_changes_nothing,
     contract.test_deterministic,
     contract.test_causal,
     contract.test_rows_are_independent,

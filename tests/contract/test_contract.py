@@ -8,7 +8,7 @@ import torch
 from models.config import LMConfig
 from models.lm import LM, LOSSES
 from models.params import initialize, named_specs
-from models.plugin import plugins_in
+from models.plugin import promises
 from models.state import Layout, Side
 from tests.contract.tiny import ALL_SLOTS, build, describe, draw, every_kind, of_kind
 
@@ -33,10 +33,6 @@ def tokens(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
     return torch.randint(32, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def promise(config: LMConfig, name: str) -> bool:
-    return all(getattr(plugin, name, True) for plugin in plugins_in(config))
-
-
 @pytest.mark.parametrize("config", [*KINDS, *DRAWS])
 def test_shapes_gradients_and_dtype(config: LMConfig) -> None:
     model, x = shaken(config), tokens()
@@ -47,6 +43,14 @@ def test_shapes_gradients_and_dtype(config: LMConfig) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient in {describe(config)}"
         assert parameter.grad.dtype == torch.float64 and bool(parameter.grad.isfinite().all()), name
+
+
+@pytest.mark.parametrize("config", [*KINDS, *DRAWS])
+def test_what_evaluation_leaves_out_changes_nothing(config: LMConfig) -> None:
+    model, x = shaken(config), tokens()
+    expected = model(x).logits.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("config", [*KINDS, *DRAWS])
@@ -61,7 +65,7 @@ def test_deterministic(config: LMConfig) -> None:
 @pytest.mark.parametrize("config", [*KINDS, *DRAWS])
 def test_causal(config: LMConfig) -> None:
     """Later tokens change nothing, bit for bit."""
-    if not promise(config, "causal"):
+    if not promises(config, "causal"):
         return
     model, x = shaken(config), tokens()
     y = x.clone()
@@ -72,7 +76,7 @@ def test_causal(config: LMConfig) -> None:
 
 @pytest.mark.parametrize("config", [*KINDS, *DRAWS])
 def test_rows_are_independent(config: LMConfig) -> None:
-    if not promise(config, "batch_independent"):
+    if not promises(config, "batch_independent"):
         return
     model, x = shaken(config), tokens(3)
     torch.testing.assert_close(model(x).logits[1:2], model(x[1:2]).logits, rtol=0, atol=1e-12)
@@ -93,7 +97,7 @@ def test_documents_are_isolated(config: LMConfig) -> None:
 @pytest.mark.parametrize("split", [1, 4])
 def test_decode_equals_forward(config: LMConfig, split: int) -> None:
     """A prompt, then token by token."""
-    if not promise(config, "incremental"):
+    if not promises(config, "incremental"):
         return
     model, x = shaken(config), tokens()
     positions = torch.arange(9).expand(2, 9)

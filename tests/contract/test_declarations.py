@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.context import LayerContext
+from models.layer import Layer, joined
 from models.lm import LM
 from models.params import Linear, initialize
 from models.slots import FFN, FFNConfig
@@ -41,7 +42,6 @@ def ffn_with(loss: str | None, declared: bool) -> None:
 @pytest.mark.parametrize(
     ("loss", "declared", "message"),
     [
-        ("gates", True, "two parts of layer 1 return a loss named 'gates'; rename one"),
         ("mine", False, "layer 0 says has_losses=False and returns ['mine']"),
         (None, True, "layer 0 says has_losses=True and returns no losses"),
     ],
@@ -54,6 +54,13 @@ def test_losses_are_not_lost(loss: str | None, declared: bool, message: str, for
     with pytest.raises(ValueError) as error:
         model(x, x)
     assert message in str(error.value)
+
+
+def test_losses_of_one_name_are_added() -> None:
+    layer = LM(build()).layers["0"]
+    assert isinstance(layer, Layer)
+    one = torch.ones(())
+    assert joined(layer, (True, {"mine": one}), (False, {}), (True, {"mine": 2 * one})) == {"mine": 3 * one}
 
 
 def test_a_gathered_branch_that_nothing_splits_is_refused_under_tp(forget: None) -> None:
