@@ -10,6 +10,8 @@ from models.config import LMConfig
 from parallel.engine import Engine
 from trainer import checkpoint
 from trainer.config import RunConfig
+from trainer.data import fitting
+from trainer.data.tokenizer import Tokenizer
 from trainer.resume import load, on_main
 
 
@@ -33,8 +35,14 @@ def refuse_other(config: RunConfig, path: Path) -> None:
 
 def refuse_initial(config: RunConfig) -> None:
     """Before any process starts: raise ValueError where `start` would, unless the run goes on from its own state."""
-    if config.run.init_from is not None and not checkpoint.steps(Path(config.run.dir) / checkpoint.FOLDER):
-        refuse_other(config, find(config.run.init_from, lambda _: None, hashes=False))
+    if config.run.init_from is None or checkpoint.steps(Path(config.run.dir) / checkpoint.FOLDER):
+        return
+    path = find(config.run.init_from, lambda _: None, hashes=False)
+    refuse_other(config, path)
+    tokenizer = checkpoint.read(path).config["data"].get("tokenizer")
+    if tokenizer is not None and Path(tokenizer).exists():
+        for prefix in config.data.weights:
+            fitting.refuse_other(prefix, Tokenizer.load(tokenizer), tokenizer)
 
 
 def start(config: RunConfig, engine: Engine, warn: Callable[[str], None]) -> Path | None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from models.hf.tokenizer import export_tokenizer
 from models.lm import LM
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool, RankError
@@ -18,6 +20,7 @@ from tests.trainer import runs
 from trainer import checkpoint, evaluation, train
 from trainer.data.manifest import MANIFEST
 from trainer.data.sequences import Sequences
+from trainer.data.tokenizers.sentencepiece import SentencePiece, TokenizerConfig
 from trainer.evaluate import Evaluation
 from trainer.evaluation import Request
 from trainer.loop import Launch
@@ -61,13 +64,23 @@ def test_another_tokenizer_than_the_data_s_is_refused_before_training(data: Path
     model = dataclasses.replace(config.model, vocab_size=runs.VOCAB + 8)
     config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     refuse_data(config)
+    words = re.sub("[^a-z ]", "", Path(__file__).read_text())
+    other = SentencePiece.train([words], TokenizerConfig(vocab_size=runs.VOCAB))
+    other.save(tmp_path / "data")
     manifest = json.loads((tmp_path / "data" / MANIFEST).read_text())
-    # One of the same kind has another hash; one of another kind, which has another hash anyway, another size.
-    for change in ({"sha256": "0" * 64}, {"kind": "huggingface", "vocab_size": runs.VOCAB + 1}):
-        changed = {**manifest, "tokenizer": {**manifest["tokenizer"], **change}}
-        (tmp_path / "data" / MANIFEST).write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match="were made with another tokenizer than"):
-            refuse_data(config)
+    manifest["tokenizer"]["sha256"] = other.sha256
+    (tmp_path / "data" / MANIFEST).write_text(json.dumps(manifest))
+    tokenizer = str(data / "tokenizer.model")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    with pytest.raises(ValueError, match="were made with another tokenizer than"):
+        refuse_data(config)
+    # In another format it has another hash, and makes the same tokens.
+    export_tokenizer(str(tmp_path / "data" / "tokenizer.model"), tmp_path, runs.VOCAB, max_length=None)
+    refuse_data(dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tmp_path))))
+    # The data may have been moved without their tokenizer.
+    (tmp_path / "data" / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="were made with another tokenizer than"):
+        refuse_data(config)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from models.hf.tokenizer import SAMPLE
 from trainer.data.manifest import read_manifest
 from trainer.data.stream import Stream
 from trainer.data.tokenizer import Tokenizer
@@ -24,15 +25,22 @@ def fitting_tokenizer(path: str | None, model: str, vocab_size: int) -> Tokenize
 def refuse_other(prefix: str, tokenizer: Tokenizer, path: str) -> None:
     """Raise ValueError for data that say they were made with another tokenizer than that at `path`."""
     described = (read_manifest(prefix) or {}).get("tokenizer", {})
-    # An exported tokenizer is written in another format, and has another hash, but as many tokens.
-    if described.get("kind") == tokenizer.kind:
-        other = described.get("sha256") != tokenizer.sha256
+    if not described or described.get("sha256") == tokenizer.sha256:
+        return
+    made_by = Path(prefix).parent / str(described.get("file"))
+    if made_by.exists():
+        other = not agree(Tokenizer.load(made_by), tokenizer)
     else:
-        other = described.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size
+        other = described.get("kind") == tokenizer.kind or described.get("vocab_size") != tokenizer.vocab_size
     if other:
         raise ValueError(
             f"the data {prefix} were made with another tokenizer than {path}; give data that the model's made"
         )
+
+
+def agree(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether texts become the same tokens: one that was exported has another format, and so another hash."""
+    return one.end_of_document == other.end_of_document and one.encode(SAMPLE) == other.encode(SAMPLE)
 
 
 def fitting_stream(prefix: str, model: str, vocab_size: int, tokenizer: str | None) -> tuple[Stream, Tokenizer | None]:
