@@ -35,7 +35,9 @@ class MixerBranch(nn.Module):
 
     def __init__(self, mixer: Mixer, values: Values, unseen: bool = False) -> None:
         super().__init__()
-        self.mixer, self.values, self.unseen, self.views = mixer, values, unseen, mixer.views
+        self.mixer, self.values, self.unseen = mixer, values, unseen
+        # Layers that share a mixer may use its values in one of them alone.
+        self.views = tuple(view for view in mixer.views if values.own or view not in mixer.value_views)
         self.run_core = LocalCore()
         self.entry = "gathered"
         self.reads = tuple(dict.fromkeys((*mixer.reads, *values.reads)))

@@ -25,10 +25,11 @@ class Mixer(nn.Module):
 
     own_tokens and project are token-wise, core per head along the sequence, merge token-wise. Entries over tokens are
     written by own_tokens and read by both; entries over heads are written and read by project. views: those of q, k and
-    v that it reads; the others have no norm of their own.
+    v that it reads; the others have no norm of their own. value_views: of them, those that only its values come from.
     """
 
     views: tuple[str, ...] = ("q", "k", "v")
+    value_views: tuple[str, ...] = ("v",)
     reads: tuple[str, ...] = ()
     writes: tuple[Entry, ...] = ()
     has_losses: bool = False
@@ -72,7 +73,6 @@ class Mixer(nn.Module):
                 f"layer makes for itself{ValuesConfig.such_as(lambda kind: not kind.crosses_layers)}"
             )
         self.v = NoOutput(own.weight.shape[0])
-        self.views = tuple(view for view in self.views if view != "v")
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
         """Token-wise, to [B, T, D]: this rank's heads' part of a sum over tensor ranks. What `finish` needs may be

@@ -86,6 +86,7 @@ class Ring:
 
 class LRU(LinearMixer):
     views = ("v",)
+    value_views = ()  # the skip reads it too
 
     def __init__(self, config: LRUConfig, ctx: LayerContext) -> None:
         super().__init__()
@@ -101,10 +102,6 @@ class LRU(LinearMixer):
 
     def core_weights(self) -> dict[str, Tensor]:
         return {"ring": self.ring}
-
-    def drop_values(self) -> None:
-        super().drop_values()
-        self.views = ("v",)  # the skip reads it too
 
     def project(self, views: Views, inputs: State, side: Side) -> Projected:
         v_BTHV = self.v(views.v_BTD).unflatten(-1, (-1, self.width))

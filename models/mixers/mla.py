@@ -69,6 +69,8 @@ class MLA(Mixer):
     """Latents are made once per token. Each head makes its keys and values from them, and decoding needs neither: the
     cache holds latents and shared keys. With values that other layers had a part in, it holds those too."""
 
+    value_views = ()  # keys come from them too
+
     def __init__(self, config: MLAConfig, ctx: LayerContext) -> None:
         super().__init__()
         self.config, heads = config, config.num_heads
