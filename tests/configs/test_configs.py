@@ -25,6 +25,17 @@ PUBLISHED = {
     "moe_plus_plus_0b6": "0.6",
     "moe_plus_plus_1b": "1",
     "moe_plus_plus_2b": "2",
+    "llama_7b": "6.7",
+    "hyper_olmo_1b": "1.18",
+    "hyper_static_olmo_1b": "1.177",
+    "hyper_olmo_7b": "6.9",
+    "hyper_olmoe_1b_7b": "6.92",
+    "hyper_fractional_olmoe_7b": "6.919",
+    "mhc_3b": "2.97",
+    "mhc_27b": "27.0",
+    "mudd_2b8": "2.8",
+    "ladder_hybrid_8b": "8.03",
+    "parallel_palm_8b": "8.63",
 }
 DEBUG = [path for path in FILES if path.name.startswith(("debug_", "task_"))]
 
