@@ -106,9 +106,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {case: root / case for case in (OUTSIDE, *CASES)}
 
 
-def loaded_alone(names: list[str], scratch: Path) -> dict[str, Any]:
-    """What a process without Weft finds in these folders."""
-    command = [sys.executable, "-P", user.__file__, json.dumps(names), str(scratch / "result.json")]
+def loaded_alone(names: list[str], closely: list[str], scratch: Path) -> dict[str, Any]:
+    """What a process without Weft finds in these folders. closely: a plain one and a tied one, or none."""
+    asked = [json.dumps(names), json.dumps(closely)]
+    command = [sys.executable, "-P", user.__file__, *asked, str(scratch / "result.json")]
     done = subprocess.run(command, cwd=scratch, env=environment(scratch), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads((scratch / "result.json").read_text())
@@ -116,7 +117,8 @@ def loaded_alone(names: list[str], scratch: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    result = loaded_alone([str(folder) for folder in folders.values()], tmp_path_factory.mktemp("user"))
+    names = [str(folder) for folder in folders.values()]
+    result = loaded_alone(names, [names[-1], names[-2]], tmp_path_factory.mktemp("user"))
     return lambda case: result[str(folders[case])] if case in folders else result[case]
 
 
@@ -130,7 +132,7 @@ def test_many_random_combinations(seeds: range, tmp_path: Path) -> None:
     drawn = {str(tmp_path / f"drawn-{seed}"): tiny.draw(seed) for seed in seeds}
     for name, config in drawn.items():
         make(config, Path(name))
-    result = loaded_alone([*drawn], tmp_path)
+    result = loaded_alone([*drawn], [], tmp_path)
     wrong = []
     for name, config in drawn.items():
         facts = result[name]

@@ -150,9 +150,10 @@ def main() -> None:
     for name in ("configs", "models", "parallel", "trainer", "launch"):
         sys.modules[name] = None  # type: ignore[assignment]
     torch.set_num_threads(1)
-    folders, result = json.loads(sys.argv[1]), Path(sys.argv[2])
+    folders, closely, result = json.loads(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
     found: dict[str, Any] = {folder: facts(folder) for folder in folders}
-    found["more"] = more(folders[-1], folders[-2], result.parent)
+    if closely:
+        found["more"] = more(*closely, result.parent)
     found["modules"] = sorted(name for name in sys.modules if name.split(".")[0] in ("models", "configs"))
     result.write_text(json.dumps(found))
 
