@@ -37,6 +37,8 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}; free some, or write to a folder on another disk"
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; a folder is made there, so give a path where no file is in the way"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; give a path that exists and that this user may read and write"
     return " ".join(str(error).split())

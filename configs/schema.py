@@ -110,7 +110,8 @@ def own_words(cls: Any) -> dict[str, str]:
     names = "|".join(field.name for field in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ""
     if not names:
         return {"": " ".join(text.split())}
-    parts = re.split(rf"(?:(?<=\s)|^)((?:{names})(?:, (?:{names}))*): ", text)
+    # A name in the middle of a sentence, as in "a string of letters: ...", begins no field.
+    parts = re.split(rf"(?:(?<=[.;)]\s)|(?<=\n)|^)((?:{names})(?:, (?:{names}))*): ", text)
     words = {"": " ".join(parts[0].split())}
     for heads, body in zip(parts[1::2], parts[2::2], strict=True):
         words |= {name: " ".join(body.split()) for name in heads.split(", ")}

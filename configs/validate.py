@@ -170,6 +170,8 @@ def repair(annotation: Any, data: Any) -> str:
         near = TypeAdapter(annotation).validate_python(data.strip() if isinstance(data, str) else data)
     except (ValidationError, PydanticUserError):
         return ""
+    if isinstance(near, float) and not math.isfinite(near):
+        return ""
     return f"; write {shown(near)}" + (" without quotes" if isinstance(data, str) else "")
 
 

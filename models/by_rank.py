@@ -54,7 +54,7 @@ def check_by_rank(part: Mixer | FFN, branch: nn.Module, beside: Beside, ranks: i
     """Raise ValueError for a branch that has no part for each of so many ranks."""
     name, who = type(part).__name__, f"a residual that gives each of {ranks} tensor ranks a stream of its own"
     if isinstance(part, FFN) and part.entry == "tokens":
-        raise ValueError(f"{name} sends whole tokens to experts, and {who} has no whole tokens; use ffn swiglu")
+        raise ValueError(f"{name} works on whole tokens, and {who} has none; use ffn swiglu")
     if isinstance(part, Mixer) and type(part).own_tokens is not Mixer.own_tokens:
         raise ValueError(f"{name} looks at whole tokens before its heads, and {who} has none; use mixer attention")
     if isinstance(part, Mixer) and type(part).finish is not Mixer.finish:

@@ -30,7 +30,7 @@ class LadderResidual(ResidualConfig, kind="ladder"):
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         if self.layers is not None and max(self.layers, default=0) >= ctx.num_layers:
             raise ValueError(
-                f"layers names layer {max(self.layers)} and the last one is {ctx.num_layers - 1}; remove it"
+                f"residual.layers names layer {max(self.layers)} and the last one is {ctx.num_layers - 1}; remove it"
             )
         ladder = [self.layers is None or index in self.layers for index in range(ctx.num_layers)]
         has_pending = ladder[ctx.index] and (ctx.index > 0 or branch == "ffn")

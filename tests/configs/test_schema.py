@@ -6,6 +6,7 @@ from configs.schema import field_words, of_files, schema
 from models.mixers.attention import AttentionConfig
 from models.slots import MixerConfig
 from trainer.config import RunConfig, TrainConfig
+from trainer.data.tasks.copying import CopyingConfig
 
 
 def test_plug_ins_are_a_choice_of_kinds() -> None:
@@ -68,5 +69,8 @@ def test_words_of_fields() -> None:
     words = field_words(AttentionConfig)
     assert words["window"] == "a query sees itself and the window - 1 tokens before it."
     assert words[""].startswith("Causal softmax attention (Vaswani")
+    words = field_words(CopyingConfig)
+    assert words[""].startswith("Copy a string of letters: its letters and the end")
+    assert words["letters"].startswith("how many there are")
     words = field_words(TrainConfig)
     assert words["log_every"] == words["save_every"] and words["log_every"].startswith("in steps")

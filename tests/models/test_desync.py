@@ -78,7 +78,7 @@ DESYNC: dict[str, Any] = {"residual": {"kind": "desync", "ranks": 4}}
             "for 4 tensor ranks, and tp=3 does not divide that; use tp=2",
         ),
         (lambda: refuse(tiny(**DESYNC), MeshConfig(tp=8)), "tp=8 does not divide that; use tp=4"),
-        (lambda: refuse(tiny(ffn="moe", **DESYNC), MeshConfig()), "MoE sends whole tokens to experts"),
+        (lambda: refuse(tiny(ffn="moe", **DESYNC), MeshConfig()), "MoE works on whole tokens, and"),
         (lambda: refuse(tiny(mixer="hgrn2", **DESYNC), MeshConfig()), "HGRN2 needs a number from all heads"),
         (
             lambda: refuse(

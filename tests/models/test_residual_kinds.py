@@ -217,7 +217,7 @@ def test_laurel_and_rezero_start_as_the_identity_and_learn(residual: ResidualCon
         (lambda: FractionalHyperConnections(fractions=0), "fractions is 0"),
         (lambda: build(FractionalHyperConnections(fractions=3)), "d_model 8 is not a multiple of fractions 3"),
         (lambda: LadderResidual(layers=(-1,)), r"layers is \[-1\]"),
-        (lambda: build(LadderResidual(layers=(3,))), "layers names layer 3 and the last one is 2"),
+        (lambda: build(LadderResidual(layers=(3,))), "^residual.layers names layer 3 and the last one is 2"),
         (lambda: MUDDConnections(hidden_round=0), "hidden_round is 0"),
         (lambda: MUDDConnections(window=0), "window is 0"),
         (lambda: MUDDConnections(window=2, dilation=2), "window is 2 and dilation is 2"),
