@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import nn
 
 from models.context import LayerContext
-from models.slots import Connection, Mixer, MixerConfig, Placement
+from models.slots import Mixer, MixerConfig, Placement
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -42,14 +42,6 @@ class Block:
             return mixer
 
         return self.share("mixer", build)
-
-    def check(self, connection: Connection) -> None:
-        """Raise ValueError for a topology that runs layers by parts of their weights, outside of the modules' calls."""
-        if self.repeats > 1 and connection.by_rank is not None:
-            raise ValueError(
-                f"layers that repeat share their weights, and a residual that gives each of {connection.by_rank} "
-                "tensor ranks a stream of its own takes every layer's apart; use residual plain, or depth full"
-            )
 
     def norms(self, role: str, placement: Placement, views: tuple[bool, ...]) -> Placement:
         """The placement, with the norms of the first one here of the same inputs."""

@@ -3,10 +3,9 @@
 Shape suffixes: B batch, T sequence, D model width, H heads, V value width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from models.block import Block
@@ -90,11 +89,19 @@ class MixerBranch(nn.Module):
         self, ranks: ByRank, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None
     ) -> Result:
         """As `forward`, for each rank with its own parameters on its own input; all ranks' heads share one core."""
+        return self.mixer(lambda: self.run_by_rank(ranks, views, inputs, side, whole, cache))
+
+    def run_by_rank(
+        self, ranks: ByRank, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None
+    ) -> Result:
         gate, inputs = inputs.get(KEY_GATE), {name: x for name, x in inputs.items() if name != KEY_GATE}
-        made = []
+        made, counted = [], []
         for index in ranks.each():
-            own = ranks.cache(cache, index)
-            made.append(self.to_heads(ranks.views(views, index), ranks.inputs(inputs, index), side, own))
+            own_views, own_inputs = ranks.views(views, index), ranks.over_heads(inputs, index)
+            own = self.mixer.own_tokens(own_views, own_inputs, side)
+            counted.append(own)
+            own_inputs |= ranks.made(own, index)
+            made.append(self.to_heads(own_views, own_inputs, side, ranks.cache(cache, index)))
         heads = ranks.together([one.heads for one in made], 2)
         if gate is not None:
             heads[KEY_GATE] = gate
@@ -102,10 +109,11 @@ class MixerBranch(nn.Module):
         out_BTHV, cache = self.run_core(self.mixer.core, heads, weights, whole, cache)
         outs = []
         for index, own_BTHV in zip(ranks.each(), out_BTHV.chunk(ranks.count, 2), strict=True):
-            outs.append(self.from_heads(own_BTHV, made[index], ranks.inputs(inputs, index)))
+            outs.append(self.from_heads(own_BTHV, made[index], ranks.over_heads(inputs, index)))
         if cache is not None:
             cache = {**cache, **ranks.caches([one.valued.cache for one in made])}
-        return Result(torch.stack(outs, -2), ranks.together([one.writes for one in made], 2), cache=cache)
+        writes = ranks.together([one.writes for one in made], 2)
+        return ranks.result(outs, counted)._replace(writes=writes, cache=cache)
 
     def finish(self, sum_BTD: Tensor) -> Tensor:
         return self.mixer.finish(sum_BTD)
@@ -153,8 +161,7 @@ class FFNBranch(nn.Module):
         self, ranks: ByRank, views: Views, inputs: State, side: Side, whole: Side, cache: Cache | None
     ) -> Result:
         """As `forward`, for each rank with its own parameters on its own input."""
-        outs = [self.ffn(ranks.views(views, index).q_BTD, {}, side).out_BTD for index in ranks.each()]
-        return Result(torch.stack(outs, -2))
+        return ranks.run(self.ffn, views, inputs, side)
 
     def finish(self, sum_BTD: Tensor) -> Tensor:
         return sum_BTD
@@ -164,10 +171,16 @@ Branch = TypeVar("Branch", bound=MixerBranch | FFNBranch)
 
 
 class Sublayer(nn.Module, Generic[Branch]):
-    """read -> norm -> branch -> norm -> write. `boundary` is where tensor parallelism takes hold."""
+    """read -> norm -> branch -> norm -> write. `boundary`: where tensor parallelism is. shared: what layers share."""
 
     def __init__(
-        self, connection: Connection, placement: Placement, branch: Branch, scaling: nn.Module, beside: Beside
+        self,
+        connection: Connection,
+        placement: Placement,
+        branch: Branch,
+        scaling: nn.Module,
+        beside: Beside,
+        shared: Collection[nn.Module],
     ) -> None:
         super().__init__()
         self.connection, self.placement, self.branch, self.scaling = connection, placement, branch, scaling
@@ -177,9 +190,10 @@ class Sublayer(nn.Module, Generic[Branch]):
         if connection.by_rank is not None:
             part = branch.mixer if isinstance(branch, MixerBranch) else branch.ffn
             check_by_rank(part, branch, beside, connection.by_rank)
-            self.by_rank = ByRank(branch, connection.by_rank)
+            self.by_rank = ByRank(branch, part, connection.by_rank, shared)
         self.reads = (*connection.reads, *branch.reads, *beside.reads)
-        self.writes = (*connection.writes, *branch.writes, *beside.writes)
+        writes = self.by_rank.entries(branch.writes) if self.by_rank else branch.writes
+        self.writes = (*connection.writes, *writes, *beside.writes)
         names = [entry.name for entry in self.writes]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two parts of a sublayer write the state entry {twice[0]!r}; rename one")
@@ -200,7 +214,7 @@ class Sublayer(nn.Module, Generic[Branch]):
             inputs[KEY_GATE] = key_gate_BT
         views = self.placement.before(views)
         view_BTD = views.q_BTD
-        own = self.branch.own_tokens(views, inputs, local)
+        own = self.branch.own_tokens(views, inputs, local) if self.by_rank is None else OwnTokens()
         views, inputs = self.boundary.enter(views, {**inputs, **own.made}, dict(own.made_by_head))
         seen = (views, inputs, self.boundary.side(local), side, cache)
         result = self.branch(*seen) if self.by_rank is None else self.branch.forward_by_rank(self.by_rank, *seen)
@@ -285,7 +299,6 @@ class Layer(nn.Module):
         for name in ("mixer", "ffn"):
             path = config.shortcut.build(ctx)
             connection = config.residual.connect(ctx, name, path)
-            block.check(connection)
             read = branches[name].views
             views = tuple(view in read for view in "qkv") if connection.num_views == 3 else (True,)
             placement = block.norms(name, norm.build(config.d_model, views), views)
@@ -293,7 +306,7 @@ class Layer(nn.Module):
                 placement.share_before(self.mixer.placement)
             beside = config.shortcut.beside(ctx, name, path)
             scaling = block.share(f"{name} scaling", lambda _: config.scaling.build(ctx))
-            setattr(self, name, Sublayer(connection, placement, branches[name], scaling, beside))
+            setattr(self, name, Sublayer(connection, placement, branches[name], scaling, beside, ctx.pool.values()))
         self.mixer: Sublayer[MixerBranch]
         self.ffn: Sublayer[FFNBranch]
         self.key_gate = config.depth.gates_keys and own.mixer.key_gate

@@ -92,10 +92,12 @@ class FFN(nn.Module):
 
     entry "gathered": it runs on all tokens of its tensor group and returns a partial sum, without losses or entries,
     which would count once per rank. "tokens": it runs on the rank's own tokens, once (routers), and returns the whole
-    output.
+    output. by_part: of those, one whose `forward` also takes `part`, a `models.pieces.Part`, and returns that part of a
+    sum that makes the output.
     """
 
     entry: ClassVar[Literal["gathered", "tokens"]] = "gathered"
+    by_part: ClassVar[bool] = False
     reads: tuple[str, ...] = ()
     writes: tuple[Entry, ...] = ()
     has_losses: bool = False
@@ -175,7 +177,8 @@ class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
     """Information across the sequence.
 
     key_gate: its core defines what a gated key is (see `models.state.KEY_GATE`). unseen: a token whose key gate is 0
-    changes nothing for the others, so that they may be computed without it. grows: the fields in proportion to the
+    changes nothing for the others, so that they may be computed without it. by_rank: its heads do without one another,
+    so that a model may be defined for tensor ranks that never add them up. grows: the fields in proportion to the
     model's width, where models of several widths are compared.
     """
 
@@ -186,6 +189,7 @@ class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
     incremental: ClassVar[bool] = True
     key_gate: ClassVar[bool] = False
     unseen: ClassVar[bool] = False
+    by_rank: ClassVar[bool] = True
 
     def build(self, ctx: LayerContext) -> Mixer:
         raise NotImplementedError
@@ -204,13 +208,14 @@ class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
 
 
 class FFNConfig(Plugin, slot="ffn", folder="models.ffn"):
-    """Information across channels. grows: as of a mixer."""
+    """Information across channels. by_rank, grows: as of a mixer."""
 
     grows: ClassVar[tuple[str, ...]] = ("hidden", "shared_hidden")
 
     causal: ClassVar[bool] = True
     batch_independent: ClassVar[bool] = True
     incremental: ClassVar[bool] = True
+    by_rank: ClassVar[bool] = True
 
     def build(self, ctx: LayerContext) -> FFN:
         raise NotImplementedError

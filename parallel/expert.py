@@ -55,10 +55,15 @@ class RankPeers(Peers):
 
 
 def parallelize(model: LM, mesh: Mesh) -> None:
-    """Give every module that dispatches rows, or looks at groups of tokens, the version of this mesh."""
+    """Give every module that dispatches rows, or looks at groups of tokens, the version of this mesh.
+
+    Tensor ranks share a row's tokens, but where a model gives each a stream of its own: there it has all of them.
+    """
+    ranked = [s.branch for layer in model.blocks for s in (layer.mixer, layer.ffn) if s.by_rank is not None]
+    alone = {module for branch in ranked for module in branch.modules()}
     for module in model.modules():
         if isinstance(module, RoutedFFN) and mesh.ep.size > 1:
             module.dispatch = AllToAllDispatch(mesh.ep)
         if isinstance(module, Grouped):
-            one = module.group == "sequence"
-            module.peers = RankPeers(mesh.sequence, 1) if one else RankPeers(mesh.stage, mesh.data_size)
+            row, everyone = (mesh.cp, mesh.data) if module in alone else (mesh.sequence, mesh.stage)
+            module.peers = RankPeers(row, 1) if module.group == "sequence" else RankPeers(everyone, mesh.data_size)

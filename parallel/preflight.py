@@ -48,6 +48,12 @@ def refuse_ranks(model: LM, mesh: MeshConfig) -> None:
             f"residual {model.config.residual.kind} defines the model for {ranks} tensor ranks, and tp={mesh.tp} does "
             f"not divide that; use tp={fits}, or train another model with as many ranks as tp"
         )
+    here = (ranks or 1) // mesh.tp
+    if here % mesh.cp and mesh.cp % here:
+        raise ValueError(
+            f"residual {model.config.residual.kind} makes {here} streams on each of tp={mesh.tp} tensor ranks, and "
+            f"cp={mesh.cp} neither divides that nor is a multiple of it; use cp=1"
+        )
 
 
 def all_axes(module: nn.Module) -> Iterator[tuple[str, Axis]]:

@@ -14,7 +14,7 @@ from models.boundary import Boundary
 from models.kernels.linear_cross_entropy import WholeVocabulary, linear_cross_entropy
 from models.lm import LM
 from models.params import Axis
-from models.pieces import split
+from models.pieces import Part, split
 from models.state import Layout, Side, State, Views
 from models.tensor_group import TensorGroup
 from parallel.collectives import all_gather, gather, scatter_sum, sum_all
@@ -145,7 +145,7 @@ def parallelize(model: LM, mesh: Mesh, heads: frozenset[str]) -> None:
     for layer in model.blocks:
         for sublayer in (layer.mixer, layer.ffn):
             if sublayer.by_rank is not None:
-                sublayer.boundary, sublayer.by_rank.held = RankBoundary(tp, heads), tp.size
+                sublayer.boundary, sublayer.by_rank.held = RankBoundary(tp, heads), Part(tp.index, tp.size)
             elif sublayer.branch.entry == "gathered":
                 sublayer.boundary = TensorBoundary(tp, heads)
     for module in model.modules():

@@ -1,7 +1,9 @@
 """SwiGLU experts: many whose rows are grouped, and one that every token takes.
 
-Shape suffixes: M rows, N tokens, E experts (those held here), D model width, F expert width.
+Shape suffixes: M rows, N tokens, E experts (those held here), D model width, F expert width, P parts of all experts.
 """
+
+import dataclasses
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,20 +31,42 @@ class Experts(nn.Module):
         return self.gate.shape[0]
 
     def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
-        """x_MD: rows sorted by local expert. counts_E: rows of each local expert. Returns [M, D]."""
-        h_MF = F.silu(grouped_mm(x_MD, self.gate, counts_E)) * grouped_mm(x_MD, self.up, counts_E)
-        return grouped_mm(h_MF, self.down, counts_E)
+        """x_MD: rows sorted by local expert. counts_E: rows of each local expert, or of each of as many equal parts of
+        each one's width as there are counts to an expert. Returns [M, D]."""
+        gate, up, down = self.gate, self.up, self.down
+        parts = counts_E.shape[0] // gate.shape[0]
+        if parts > 1:
+            gate, up = (w.unflatten(2, (parts, -1)).movedim(2, 1).flatten(0, 1) for w in (gate, up))
+            down = down.unflatten(1, (parts, -1)).flatten(0, 1)
+        h_MF = F.silu(grouped_mm(x_MD, gate, counts_E)) * grouped_mm(x_MD, up, counts_E)
+        return grouped_mm(h_MF, down, counts_E)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertParts:
+    """Experts, each as `count` experts of an equal part of its width: part p of expert e is number e * count + p."""
+
+    experts: Experts
+    count: int
+
+    @property
+    def num_local(self) -> int:
+        return self.experts.num_local * self.count
+
+    def __call__(self, x_MD: Tensor, counts_P: Tensor) -> Tensor:
+        return self.experts(x_MD, counts_P)
 
 
 class SharedExpert(nn.Module):
-    """One SwiGLU that every token takes (DeepSeekMoE, arXiv 2401.06066). No axis: it is whole on each rank, because an
-    FFN that routes works on the rank's own tokens."""
+    """One SwiGLU that every token takes (DeepSeekMoE, arXiv 2401.06066). No mesh splits it: it is whole on each rank,
+    because an FFN that routes works on the rank's own tokens."""
 
     def __init__(self, d_model: int, hidden: int, output_init: Normal) -> None:
         super().__init__()
-        self.gate = Linear(d_model, hidden)
-        self.up = Linear(d_model, hidden)
-        self.down = Linear(hidden, d_model, init=output_init)
+        axis = Axis("expert_ffn", hidden)
+        self.gate = Linear(d_model, hidden, axis=axis)
+        self.up = Linear(d_model, hidden, axis=axis)
+        self.down = Linear(hidden, d_model, in_axis=axis, init=output_init)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x_ND)) * self.up(x_ND))

@@ -19,6 +19,7 @@ from models.ffn.routed import RoutedFFN
 from models.ffn.routing import RouterConfig
 from models.limits import above_zero, at_least
 from models.params import Linear
+from models.pieces import WHOLE, Part
 from models.slots import FFN, FFNConfig
 from models.state import Result, Side, State
 
@@ -92,7 +93,7 @@ class MoE(RoutedFFN):
         self.shared = SharedExpert(ctx.d_model, config.shared_hidden, ctx.output_init) if config.shared_hidden else None
         self.shared_gate = Linear(ctx.d_model, 1) if config.shared_gate else None
 
-    def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
+    def forward(self, x_BTD: Tensor, inputs: State, side: Side, part: Part = WHOLE) -> Result:
         routing, losses, load_E = self.router(x_BTD, side)
         keep_BTK, stats = routing.keep_BTK, {"expert_load": load_E}
         if self.room is not None and side.draws:
@@ -100,8 +101,8 @@ class MoE(RoutedFFN):
             stats["expert_dropped"] = self.room.dropped(routing, keep_BTK, side)
         x_ND = x_BTD.flatten(0, 1)
         keep_NK = None if keep_BTK is None else keep_BTK.flatten(0, 1)
-        out_ND = self.run_experts(x_ND, routing.index_BTK.flatten(0, 1), routing.weights_BTK.flatten(0, 1), keep_NK)
-        out_ND = out_ND.to(x_BTD.dtype)
+        index_NK, weights_NK = routing.index_BTK.flatten(0, 1), routing.weights_BTK.flatten(0, 1)
+        out_ND = self.run_experts(x_ND, index_NK, weights_NK, keep_NK, part).to(x_BTD.dtype)
         if self.shared is not None:
             shared_ND = self.shared(x_ND)
             if self.shared_gate is not None:

@@ -22,6 +22,7 @@ from models.ffn.routed import RoutedFFN
 from models.ffn.routing import LinearRouter, Routing, best, normalized
 from models.limits import above_zero, at_least
 from models.params import Normal, declare, upcast
+from models.pieces import WHOLE, Part
 from models.slots import FFN, FFNConfig
 from models.state import Entry, Result, Side, State
 
@@ -158,7 +159,8 @@ class MoEPlusPlus(RoutedFFN):
             self.writes = (Entry(LOGITS, (config.num_total,), dtype=torch.float32),)
         self.constants = ConstantExperts(config.num_constant, ctx.d_model) if config.num_constant else None
 
-    def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
+    def forward(self, x_BTD: Tensor, inputs: State, side: Side, part: Part = WHOLE) -> Result:
+        """Of a part, experts without a width count an equal share."""
         config = self.config
         logits_BTE = self.router(x_BTD)
         if self.router_residual is not None:
@@ -173,8 +175,8 @@ class MoEPlusPlus(RoutedFFN):
             room_NK = fits_BTK.flatten(0, 1)
             of_ffn_NK, weights_NK = of_ffn_NK & room_NK, weights_NK * room_NK
         u_ND = self.expert_input(x_BTD.flatten(0, 1))
-        out_ND = self.run_experts(u_ND, index_NK, weights_NK, of_ffn_NK)
-        out_ND = out_ND + self.run_free(upcast(u_ND), index_NK, weights_NK)
+        out_ND = self.run_experts(u_ND, index_NK, weights_NK, of_ffn_NK, part)
+        out_ND = out_ND + self.run_free(upcast(u_ND), index_NK, weights_NK) / part.count
         losses: dict[str, Tensor] = {}
         if config.aux_coef:
             terms_E = self.balance.terms(routing.probs_BTE, routing.index_BTK, valid_BT)

@@ -5,6 +5,7 @@ import dataclasses
 from torch import Tensor
 
 from models.context import LayerContext
+from models.pieces import WHOLE, Part
 from models.slots import FFN, FFNConfig
 from models.state import Result, Side, State
 
@@ -20,7 +21,8 @@ class NoneConfig(FFNConfig, kind="none"):
 
 class NoFFN(FFN):
     entry = "tokens"
+    by_part = True
 
-    def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
+    def forward(self, x_BTD: Tensor, inputs: State, side: Side, part: Part = WHOLE) -> Result:
         # A product, so that every parameter has a gradient, which ranks that sum gradients wait for.
         return Result(x_BTD * 0)

@@ -53,6 +53,7 @@ class RouterConfig(Plugin, slot="router", folder="models.routers"):
     causal: ClassVar[bool] = True
     incremental: ClassVar[bool] = True
     limits_itself: ClassVar[bool] = False  # experts take a fixed number of tokens
+    one_pick: ClassVar[bool] = False  # made for one expert per token, whose weight depends on its logit
 
     z_coef: float = 0.0
     stats_group: StatsGroup = "sequence"

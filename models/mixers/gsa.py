@@ -39,6 +39,7 @@ class GSAConfig(MixerConfig, kind="gsa"):
     gate_normalizer: float = 8.0
 
     key_gate = True
+    by_rank = False
     example = MappingProxyType({"num_heads": 4, "num_kv_heads": 2, "num_slots": 3})
 
     def __post_init__(self) -> None:

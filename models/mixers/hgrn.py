@@ -39,6 +39,7 @@ class HGRNConfig(MixerConfig, kind="hgrn"):
     lower_bounds: bool = True
 
     key_gate = True
+    by_rank = False
     example = MappingProxyType({"num_heads": 4})
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ class HGRN2Config(MixerConfig, kind="hgrn2"):
     lower_bounds: bool = True
 
     key_gate = True
+    by_rank = False
     example = MappingProxyType({"expand_ratio": 4})
 
     def __post_init__(self) -> None:

@@ -149,9 +149,13 @@ class MLA(Mixer):
         return torch.cat([own, rotate(shared, cos, sin)], -1), rotate(shared_BT1P, cos, sin)
 
     def keys(self, seen: Cache, w_HKC: Tensor) -> Tensor:
-        """[B, S, H, N]"""
-        k_BSHK = F.linear(seen["latent"][:, :, 0], w_HKC.flatten(0, 1)).unflatten(-1, w_HKC.shape[:2])
-        return torch.cat([k_BSHK, seen["shared_key"].expand(-1, -1, k_BSHK.shape[2], -1)], -1)
+        """[B, S, H, N]. There may be several latents and shared keys, each for as many heads."""
+        latents, keys, width = seen["latent"].unbind(2), seen["shared_key"].unbind(2), w_HKC.shape[1]
+        made = []
+        for c_BSC, shared_BSP, own_HKC in zip(latents, keys, w_HKC.chunk(len(latents)), strict=True):
+            k_BSHK = F.linear(c_BSC, own_HKC.flatten(0, 1)).unflatten(-1, (-1, width))
+            made.append(torch.cat([k_BSHK, shared_BSP[:, :, None].expand(-1, -1, k_BSHK.shape[2], -1)], -1))
+        return torch.cat(made, 2) if len(made) > 1 else made[0]
 
     def attend_latents(self, q_BTHN: Tensor, seen: Cache, w_HKC: Tensor, bias_BTS: Tensor) -> Tensor:
         """Without keys and values of heads: q (W c) = (q W) c, and a mean of values is a value of mean latents. So all

@@ -33,7 +33,7 @@ class DesyncResidual(ResidualConfig, kind="desync"):
     takes_shortcut = False
 
     def __post_init__(self) -> None:
-        at_least(self, 2, "ranks", hint="; one rank is residual plain")
+        at_least(self, 2, "ranks", hint=" for streams to differ")
         at_least(self, 1, "every")
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
@@ -76,6 +76,10 @@ class Desync(Connection):
     def peek(self, state: State) -> Tensor:
         """The mean over all ranks' streams."""
         return self.group.sum_own(state["streams"].sum(-2)) / self.ranks
+
+    def add(self, state: State, x_BTD: Tensor) -> State:
+        """To every rank's stream."""
+        return {**state, "streams": state["streams"] + self.group.all_tokens(x_BTD)[:, :, None]}
 
 
 class DesyncOpener(Opener):

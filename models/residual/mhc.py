@@ -38,7 +38,7 @@ class ManifoldConfig(ResidualConfig):
     starts_plain = True
 
     def __post_init__(self) -> None:
-        at_least(self, 2, "streams", hint="; one stream is residual plain")
+        at_least(self, 2, "streams", hint=", so that there is something to mix")
         above_zero(self, "norm_eps", hint=", and 1e-6 is usual")
 
     def open(self, d_model: int) -> Opener:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.context import LayerContext
 from models.params import declare
 from models.residual.hyper import sublayer_index
-from models.residual.mhc import FAR, ManifoldConfig, ManifoldHyper, OneStreamReads
+from models.residual.mhc import FAR, ManifoldConfig, ManifoldHyper, ManifoldHyperConnections, OneStreamReads
 from models.slots import Connection
 
 MOST_STREAMS = 6  # 720 permutations; 7 have 5040, more than a small model is wide
@@ -32,7 +32,7 @@ class LiteManifoldHyperConnections(ManifoldConfig, kind="mhc_lite"):
         if self.streams > MOST_STREAMS:
             raise ValueError(
                 f"streams is {self.streams}, and every permutation of them takes a weight; use at most {MOST_STREAMS}, "
-                "or residual mhc"
+                f"or residual {ManifoldHyperConnections.kind}"
             )
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from models.ffn.routing import Router, Routing, best, normalized
+from models.ffn.routing import Router, RouterConfig, Routing, best, normalized
 from models.limits import at_least
 from models.routers.deepseek_v2 import LimitedConfig, LimitedRouter
 from models.state import Side
@@ -39,7 +39,7 @@ class DeepSeekV3Config(LimitedConfig, kind="deepseek_v3"):
         if self.top_k == 1:
             raise ValueError(
                 "top_k is 1, and a score divided by itself is 1, which leaves the router untrained; use top_k 2 or "
-                "more, or router switch"
+                f"more, or a router for one pick{RouterConfig.such_as(lambda kind: kind.one_pick)}"
             )
 
     def canonical(self, d_model: int) -> Self:

@@ -7,7 +7,7 @@ import dataclasses
 
 from torch import Tensor
 
-from models.ffn.routing import Router, Routing, TopKConfig, TopKRouter, best
+from models.ffn.routing import Router, RouterConfig, Routing, TopKConfig, TopKRouter, best
 from models.state import Side
 
 
@@ -21,7 +21,7 @@ class MixtralConfig(TopKConfig, kind="mixtral"):
         if self.top_k == 1:
             raise ValueError(
                 "top_k is 1, and a softmax over one pick is 1 whatever its logit, which leaves the router untrained; "
-                "use top_k 2 or more, or router switch"
+                f"use top_k 2 or more, or a router for one pick{RouterConfig.such_as(lambda kind: kind.one_pick)}"
             )
 
     def build(self, d_model: int, num_experts: int) -> Router:

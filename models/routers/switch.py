@@ -25,6 +25,8 @@ class SwitchConfig(BalancedConfig, kind="switch"):
 
     jitter: float = 0.01
 
+    one_pick = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "jitter", hint=", which turns it off")

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 from models.context import LayerContext
 from models.ffn.swiglu import SwiGLUConfig
@@ -12,7 +13,7 @@ from models.mixers.attention import AttentionConfig
 from models.params import Axis, Normal, declare
 from models.residual.plain import PlainResidual
 from models.shortcuts.laurel import Laurel
-from models.slots import FFN, FFNConfig
+from models.slots import FFN, FFNConfig, Mixer, MixerConfig
 from models.values.own import OwnValues
 from parallel.mesh import MeshConfig
 from parallel.preflight import refuse
@@ -43,6 +44,27 @@ def test_a_mixer_that_defines_gated_keys(forget: None) -> None:
     said = way_out(mixer={**plain("mixer", "attention"), "kind": "probe_bare"}, depth="skip_middle")
     assert said.startswith("a mixer that does, such as ")
     assert named(said) >= {"attention", "probe_gated"} and "probe_bare" not in named(said)
+
+
+def test_a_mixer_whose_heads_do_without_one_another(forget: None) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Alone(AttentionConfig, kind="probe_alone"):
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Joint(AttentionConfig, kind="probe_joint"):
+        by_rank = False
+
+    said = way_out(mixer="hgrn2", residual="desync")
+    assert said.startswith("a mixer whose heads do without, such as ")
+    assert "probe_alone" in named(said) and "probe_joint" not in named(said)
+
+
+@pytest.mark.parametrize("kind", MixerConfig.kinds())
+def test_a_mixer_says_whether_its_heads_do_without_one_another(kind: str) -> None:
+    with torch.device("meta"):
+        mixer = build(mixer=kind).expanded[0].mixer
+        assert mixer.by_rank == (type(mixer.build(build(mixer=kind).context(0))).finish is Mixer.finish)
 
 
 def test_a_residual_with_one_path_and_a_shortcut_that_leaves_it(forget: None) -> None:

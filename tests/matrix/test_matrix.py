@@ -49,6 +49,13 @@ COMBINATIONS: dict[str, LMConfig] = {
     "mudd": build(**HYBRID, residual="mudd", values="resformer", depth="skip_middle"),
     "ladder": build(**HYBRID, residual="ladder", norm="post", scaling="rezero", tie_embeddings=True),
     "reversible": build(residual={"kind": "reversible", "grid_bits": 44}, depth="skip_middle", ffn="moe"),
+    "desync": build(**HYBRID, residual={"kind": "desync", "ranks": 4, "every": 3}),
+    "desync_block": build(
+        mixer="mla",
+        ffn={**plain("ffn", "moe"), "shared_gate": True, "capacity_factor": 0.9, "capacity_group": "microbatch"},
+        residual={"kind": "desync", "ranks": 4},
+        depth={"kind": "universal_act", "scale": 0.1, "bias": -1.0},
+    ),
     "one_kv_head": build(
         mixer={"kind": "attention", "num_heads": 8, "num_kv_heads": 1, "head_dim": 4, "qk_norm": True}
     ),
@@ -127,6 +134,14 @@ def test_stages_without_experts(mesh: str, pool: Pool) -> None:
 @pytest.mark.parametrize("mesh", ["fsdp=2,tp=2,pp=2", "cp=2,tp=2", "pp=2,schedule=dualpipev"])
 @pytest.mark.parametrize("name", ["mudd", "ladder", "reversible"])
 def test_combinations(name: str, mesh: str, pool: Pool) -> None:
+    assert_equal(COMBINATIONS[name], mesh, pool)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("desync", "ep=2,tp=2"), ("desync", "cp=2,tp=2"), ("desync_block", "ep=2,fsdp=2,tp=2,pp=2")]
+)
+def test_streams_of_ranks_with_experts(name: str, mesh: str, pool: Pool) -> None:
+    """Ranks that share experts send rows that are for other parts of them."""
     assert_equal(COMBINATIONS[name], mesh, pool)
 
 

@@ -313,11 +313,11 @@ def test_refusals(fields: dict, message: str) -> None:
     ("router", "fields", "message"),
     [
         (MixtralConfig, {"top_k": 0}, "top_k is 0"),
-        (MixtralConfig, {"top_k": 1}, "or router switch"),
+        (MixtralConfig, {"top_k": 1}, "or a router for one pick, such as switch"),
         (MixtralConfig, {"z_coef": -1.0}, "z_coef is -1.0"),
         (SwitchConfig, {"jitter": 1.0}, "jitter is 1.0"),
         (DeepSeekV2Config, {"num_groups": 2, "top_groups": 3}, "top_groups is 3 of num_groups 2"),
-        (DeepSeekV3Config, {"top_k": 1}, "or router switch"),
+        (DeepSeekV3Config, {"top_k": 1}, "or a router for one pick, such as switch"),
         (NoisyTopKConfig, {"top_k": 1}, "top_k is 1"),
     ],
 )

@@ -212,7 +212,6 @@ def test_biases_move_once_by_the_loads_of_all_steps() -> None:
     ("fields", "message"),
     [
         ({"num_layers": 1}, "write the block as pattern"),
-        ({"residual": "desync"}, "of 4 tensor ranks a stream of its own takes every layer's apart"),
         ({"num_layers": 4, "depth": {"kind": "universal", "block": 3}}, "use 1 or 2, or null"),
         ({"num_layers": 4, "depth": {"kind": "universal", "scale": -1}}, "scale"),
         ({"num_layers": 4, "depth": {"kind": "universal_act", "eps": 1.0}}, "eps is 1.0"),
