@@ -11,6 +11,7 @@ Shape suffixes: B batch, T sequence, D model width.
 """
 
 import dataclasses
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class AdaptiveUniversalDepth(UniversalDepth, kind="universal_act"):
     eps: float = 0.01
     ponder_coef: float = 0.01
     bias: float = 1.0
+
+    example = MappingProxyType({"bias": 0.0})  # with which tokens of a small model stop at different steps
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,8 @@ from models.config import LMConfig
 from models.ffn.experts import Experts
 from models.lm import LM
 from parallel import check
-from parallel.mesh import MeshConfig
+from parallel.engine import Engine
+from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, MANY, build, describe, draw, every_kind, of_kind, plain
 
@@ -100,6 +101,18 @@ def assert_equal(config: LMConfig, mesh: str, pool: Pool, settings: check.Settin
 def test_every_kind(slot: str, kind: str, mesh: str, pool: Pool) -> None:
     """Two everyday meshes each, in turn, to keep this short; the slow test has them all."""
     assert_equal(of_kind(slot, kind), mesh, pool)
+
+
+def test_tokens_stop_at_different_steps() -> None:
+    """In the model whose meshes are compared: where all ran as often, nothing would say that gates are right."""
+    config, settings, mesh = of_kind("depth", "universal_act"), check.Settings(), MeshConfig()
+    count = check.micro_batches(mesh, settings)
+    batch = check.make_batch(config, mesh, settings)
+    engine = Engine(config, Mesh.single(), seed=settings.seed, dtype=torch.float64)
+    found = check.take_step(engine, batch, count, None, settings).statistics
+    steps = [int(found[f"layers.{index}.depth.steps"]) for index in range(4)]
+    stopped = [now - after for now, after in zip(steps, [*steps[1:], 0], strict=True)]
+    assert sum(count > 0 for count in stopped) > 1, steps
 
 
 @pytest.mark.parametrize("mesh", MESHES)
