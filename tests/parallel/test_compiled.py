@@ -65,6 +65,22 @@ MIXED = build(
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.parametrize("residual", ("plain", "desync"))
+@pytest.mark.parametrize("depth", ("universal", "universal_act"))
+def test_a_block_that_repeats(depth: str, residual: str) -> None:
+    config = build(depth=depth, ffn="moe", norm="peri", residual=residual)
+    batch = make_batch(config, MeshConfig(), settings := Settings(micro_batches=2))
+    eager, compiled = (
+        take_step(Engine(config, Mesh.single(), seed=0, dtype=torch.float64, compile=how), batch, 2, None, settings)
+        for how in (False, True)
+    )
+    assert compiled.loss == pytest.approx(eager.loss, rel=1e-12)
+    wrong = {name: e for name, g in eager.gradients.items() if (e := error(compiled.gradients[name], g)) > 1e-9}
+    assert not wrong
+
+
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize(
     "mesh", ("fsdp=2", "tp=2", "cp=2", "ep=2", "pp=2", "fsdp=2,tp=2", "fsdp=2,pp=2,schedule=interleaved")
 )
