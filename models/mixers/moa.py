@@ -101,9 +101,9 @@ class MixtureOfHeadsConfig(MixerConfig, kind="moa"):
 
 
 class MixtureOfHeads(Attention):
-    """Where one rank has all heads and the whole sequence, it runs the picked ones alone. A token's k-th pick is then
-    its k-th head, which is all the same to the core, because keys and values are shared. Where heads are spread out,
-    every rank runs its own for all tokens, and gates of 0 take out what was not picked."""
+    """Of a rank's heads a token runs as many as it may pick, those of the largest gates. Its k-th pick is then its k-th
+    head, which is all the same to the core, because keys and values are shared. Where a rank has no more heads than
+    that they all run, and gates of 0 take out what was not picked."""
 
     def __init__(self, config: MixtureOfHeadsConfig, inner: AttentionConfig, ctx: LayerContext, head_dim: int) -> None:
         super().__init__(inner, ctx, head_dim)
@@ -118,19 +118,20 @@ class MixtureOfHeads(Attention):
         gates_BTE = weights_BTK.new_zeros(routing.logits_BTE.shape).scatter(-1, routing.index_BTK, weights_BTK)
         return OwnTokens(made_by_head={GATES: gates_BTE}, losses=losses, stats={"expert_load": load_E})
 
-    def runs_picks(self, side: Side) -> bool:
-        """Whether this rank has all heads and the whole sequence."""
-        whole = side.window is None or side.window[1] == side.tokens.shape[1]
-        return whole and self.q.weight.shape[0] == self.config.num_heads * self.head_dim
+    def slots(self, heads: int, side: Side) -> int:
+        """How many of a rank's heads a token runs: its picks at most, which ranks that split the sequence deal out."""
+        ranks = 1 if side.window is None else side.tokens.shape[1] // side.window[1]
+        return min(heads, -(-self.picks // ranks) * ranks)
 
     def project(self, views: Views, inputs: State, side: Side) -> Projected:
         gates_BTE = inputs[GATES]
-        if not self.runs_picks(side):
+        slots = self.slots(gates_BTE.shape[-1], side)
+        if slots == gates_BTE.shape[-1]:
             projected = super().project(views, inputs, side)
             return projected._replace(kept={GATES: gates_BTE})
-        # The picks are the largest gates: a pick whose probability underflows to 0 is worth as much as any other.
-        gates_BTK, index_BTK = gates_BTE.topk(self.picks, dim=-1)
-        x_MD = views.q_BTD.flatten(0, 1).repeat_interleave(self.picks, 0)
+        # The picks are the largest gates: what is worth 0, as a pick whose probability underflows, adds nothing.
+        gates_BTK, index_BTK = gates_BTE.topk(slots, dim=-1)
+        x_MD = views.q_BTD.flatten(0, 1).repeat_interleave(slots, 0)
         heads_EDV = self.q.weight.unflatten(0, (-1, self.head_dim)).mT
         q_BTKV = LocalDispatch()(x_MD, index_BTK.flatten(), Matrices(heads_EDV)).view(*index_BTK.shape, self.head_dim)
         k = self.k(views.k_BTD).unflatten(-1, (-1, self.head_dim))

@@ -15,10 +15,10 @@ THEIRS = {"aux_coef": "switchloss", "variation_coef": "cvloss", "z_coef": "zloss
 
 
 class Dense(MixtureOfHeads):
-    """Every head for all tokens, as tensor ranks run them."""
+    """Every head for all tokens, as ranks with few heads run them."""
 
-    def runs_picks(self, side: Side) -> bool:
-        return False
+    def slots(self, heads: int, side: Side) -> int:
+        return heads
 
 
 class Both(nn.Module):
