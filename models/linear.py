@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,9 @@ from torch import Tensor
 from models.conv import FanInUniform, prepend, short_conv, tail
 from models.kernels.linear.choice import matrix_recurrence
 from models.kernels.linear.chunked import chunk_length
+from models.limits import at_least, shared_out
 from models.params import Axis, declare, upcast
-from models.slots import Cache, Mixer
+from models.slots import Cache, Mixer, MixerConfig
 from models.state import KEY_GATE, Side
 
 L2_EPS = 1e-6
@@ -44,6 +46,33 @@ class TimeStepBias:
         low, high = math.log(1e-3), math.log(1e-1)
         step = (low + (high - low) * torch.rand(shape, generator=generator)).exp()
         return step + (-torch.expm1(-step)).log()
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedHeadsConfig(MixerConfig):
+    """Heads of a recurrence whose keys and values may have fewer heads, each serving several query heads.
+
+    expand_k, expand_v: width of all query heads and of all value heads together, as multiples of d_model.
+    """
+
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    expand_k: float = 1.0
+    expand_v: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_heads", "num_kv_heads")
+        shared_out(self.num_heads, self.num_kv_heads)
+
+    def canonical(self, d_model: int) -> Self:
+        return dataclasses.replace(self, num_kv_heads=self.num_kv_heads or self.num_heads)
+
+    def key_width(self, d_model: int) -> int:
+        return whole("a key head", d_model * self.expand_k / self.num_heads, "d_model, num_heads or expand_k")
+
+    def value_shape(self, d_model: int) -> tuple[int, int]:
+        width = whole("a value head", d_model * self.expand_v / self.num_heads, "d_model, num_heads or expand_v")
+        return self.num_kv_heads or self.num_heads, width
 
 
 class LinearMixer(Mixer):

@@ -5,21 +5,20 @@ Shape suffixes: B batch, T sequence, D model width, H query heads, J key/value h
 
 import dataclasses
 from types import MappingProxyType
-from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
-from models.limits import above_zero, at_least, shared_out
-from models.linear import LinearMixer, Rule, key_gated, rule_flops, whole
+from models.limits import above_zero, at_least
+from models.linear import LinearMixer, Rule, SharedHeadsConfig, key_gated, rule_flops
 from models.params import Axis, Linear, RMSNorm, upcast
-from models.slots import Cache, Mixer, MixerConfig
+from models.slots import Cache, Mixer
 from models.state import Projected, Side, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
-class GLAConfig(MixerConfig, kind="gla"):
+class GLAConfig(SharedHeadsConfig, kind="gla"):
     """Gated linear attention (Yang et al., arXiv 2312.06635).
 
     expand_k, expand_v: width of all query heads and of all value heads together, as multiples of d_model. num_kv_heads:
@@ -30,10 +29,7 @@ class GLAConfig(MixerConfig, kind="gla"):
     A gated key scales its token's value.
     """
 
-    num_heads: int = 4
-    num_kv_heads: int | None = None
     expand_k: float = 0.5
-    expand_v: float = 1.0
     gate_rank: int = 16
     gate_normalizer: float = 16.0
     gate_floor: float | None = None
@@ -44,25 +40,15 @@ class GLAConfig(MixerConfig, kind="gla"):
     example = MappingProxyType({"num_heads": 4, "num_kv_heads": 2, "expand_k": 1.0, "gate_rank": 3})
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num_heads", "num_kv_heads", "gate_rank")
+        super().__post_init__()
+        at_least(self, 1, "gate_rank")
         at_least(self, 2, "conv_size", hint=" tokens, or null for no convolution")
         above_zero(self, "gate_normalizer", hint=", and 16 is usual")
-        shared_out(self.num_heads, self.num_kv_heads)
         if self.gate_floor is not None and self.gate_floor >= 0:
             raise ValueError(f"gate_floor is {self.gate_floor}; log decays are below 0, so give less, or null for none")
 
-    def canonical(self, d_model: int) -> Self:
-        return dataclasses.replace(self, num_kv_heads=self.num_kv_heads or self.num_heads)
-
     def build(self, ctx: LayerContext) -> Mixer:
         return GLA(self, ctx)
-
-    def key_width(self, d_model: int) -> int:
-        return whole("a key head", d_model * self.expand_k / self.num_heads, "d_model, num_heads or expand_k")
-
-    def value_shape(self, d_model: int) -> tuple[int, int]:
-        width = whole("a value head", d_model * self.expand_v / self.num_heads, "d_model, num_heads or expand_v")
-        return self.num_kv_heads or self.num_heads, width
 
     def flops_per_token(self, d_model: int, sequence: int) -> float:
         heads, key, (kv_heads, value) = self.num_heads, self.key_width(d_model), self.value_shape(d_model)

@@ -5,7 +5,6 @@ Shape suffixes: B batch, T sequence, D model width, H query heads, J key/value h
 
 import dataclasses
 from types import MappingProxyType
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +12,15 @@ from torch import Tensor
 
 from models.context import LayerContext
 from models.head_norm import NormedOutput
-from models.limits import above_zero, at_least, shared_out
-from models.linear import LinearMixer, Rule, key_gated, rule_flops, whole
+from models.limits import above_zero, at_least
+from models.linear import LinearMixer, Rule, SharedHeadsConfig, key_gated, rule_flops
 from models.params import Axis, Linear, upcast
-from models.slots import Cache, Mixer, MixerConfig
+from models.slots import Cache, Mixer
 from models.state import Projected, Side, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
-class GSAConfig(MixerConfig, kind="gsa"):
+class GSAConfig(SharedHeadsConfig, kind="gsa"):
     """Gated slot attention (Zhang et al., arXiv 2409.07146).
 
     num_slots: keys and values that a head keeps. expand_k, expand_v: width of all query heads and of all value heads
@@ -31,11 +30,7 @@ class GSAConfig(MixerConfig, kind="gsa"):
     A gated key scales what its token writes to the slots.
     """
 
-    num_heads: int = 4
     num_slots: int = 64
-    num_kv_heads: int | None = None
-    expand_k: float = 1.0
-    expand_v: float = 1.0
     gate_normalizer: float = 8.0
 
     key_gate = True
@@ -43,22 +38,12 @@ class GSAConfig(MixerConfig, kind="gsa"):
     example = MappingProxyType({"num_heads": 4, "num_kv_heads": 2, "num_slots": 3})
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num_heads", "num_slots", "num_kv_heads")
+        super().__post_init__()
+        at_least(self, 1, "num_slots")
         above_zero(self, "gate_normalizer", hint=", and 8 is usual")
-        shared_out(self.num_heads, self.num_kv_heads)
-
-    def canonical(self, d_model: int) -> Self:
-        return dataclasses.replace(self, num_kv_heads=self.num_kv_heads or self.num_heads)
 
     def build(self, ctx: LayerContext) -> Mixer:
         return GSA(self, ctx)
-
-    def key_width(self, d_model: int) -> int:
-        return whole("a key head", d_model * self.expand_k / self.num_heads, "d_model, num_heads or expand_k")
-
-    def value_shape(self, d_model: int) -> tuple[int, int]:
-        width = whole("a value head", d_model * self.expand_v / self.num_heads, "d_model, num_heads or expand_v")
-        return self.num_kv_heads or self.num_heads, width
 
     def flops_per_token(self, d_model: int, sequence: int) -> float:
         """Of two recurrences with a decay per slot, the first one the other way round."""
