@@ -57,8 +57,8 @@ class ByRank:
         """What a rank made of its tokens for itself."""
         made = dict(own.made)
         for name, x_BTH in own.made_by_head.items():
-            heads = x_BTH.shape[2]
-            first, length, _ = split(Axis("kv_heads", heads), heads, *self.part(index))
+            heads, part = x_BTH.shape[2], self.part(index)
+            first, length, _ = split(Axis("kv_heads", heads), heads, part.index, part.count)
             made[name] = x_BTH.narrow(2, first, length)
         return made
 

@@ -3,8 +3,9 @@ number of tensor ranks.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ WIDTH_AXIS = "expert_ffn"
 STACK_AXIS = "experts"
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """Number `index` of `count` equal parts."""
 
     index: int = 0
@@ -71,7 +73,7 @@ def cut(whole: Tensor, spec: ParamSpec, part: Part, held: Part = WHOLE) -> Tenso
                 here = Axis(axis.name, max(1, axis.groups // held.count))
                 first, length, _ = split(here, size, part.index - held.index * count, count)
             elif axis is not None and axis.name == WIDTH_AXIS:
-                first, length, _ = split(axis, size, *part)
+                first, length, _ = split(axis, size, part.index, part.count)
             pieces.append(whole.narrow(dim, start + first, length))
             start += size
         whole = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]

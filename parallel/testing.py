@@ -5,6 +5,7 @@ rank's return value comes back. A failure or a missed deadline ends the whole po
 task, so that no rank is ever left waiting. Workers end with their parent.
 """
 
+import gc
 import logging
 import multiprocessing as mp
 import os
@@ -19,6 +20,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.tensor import debug
+
+# Tasks. torch does not free all groups of a mesh of several dimensions, and their threads wake up a hundred times a
+# second: after some hundred tasks they took more time than the tests.
+RENEWED_AFTER = 25
 
 
 class RankError(RuntimeError):
@@ -39,6 +44,7 @@ def work(connection: Connection) -> None:
     # A failing schedule prints itself whole, once per rank; the traceback says enough.
     logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    gc.freeze()
     while True:
         try:
             task = connection.recv()
@@ -57,6 +63,8 @@ def work(connection: Connection) -> None:
                 dist.destroy_process_group()
                 # DTensor's cache would hand the next task meshes whose groups are gone. Older torch lacks the name.
                 getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
+                # Models are cycles that hold groups, whose threads wake up a hundred times a second each.
+                gc.collect()
         except Exception:
             answer = (time.monotonic(), f"rank {rank} of {world}:\n{traceback.format_exc()}")
         connection.send(answer)
@@ -84,6 +92,8 @@ class Pool:
         """
         if world > self.size:
             raise ValueError(f"the pool has {self.size} processes and the task wants {world}")
+        if self._tasks % RENEWED_AFTER == 0:
+            self.close()
         self._start(world)
         assert self._store is not None
         self._tasks += 1

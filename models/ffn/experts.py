@@ -1,6 +1,6 @@
 """SwiGLU experts: many whose rows are grouped, and one that every token takes.
 
-Shape suffixes: M rows, N tokens, E experts (those held here), D model width, F expert width, P parts of all experts.
+Shape suffixes: M rows, N tokens, E experts (those held here, or parts of them), D model width, F expert width.
 """
 
 import dataclasses
@@ -53,8 +53,8 @@ class ExpertParts:
     def num_local(self) -> int:
         return self.experts.num_local * self.count
 
-    def __call__(self, x_MD: Tensor, counts_P: Tensor) -> Tensor:
-        return self.experts(x_MD, counts_P)
+    def __call__(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
+        return self.experts(x_MD, counts_E)
 
 
 class SharedExpert(nn.Module):

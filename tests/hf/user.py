@@ -153,7 +153,8 @@ def main() -> None:
     folders, closely, result = json.loads(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
     found: dict[str, Any] = {folder: facts(folder) for folder in folders}
     if closely:
-        found["more"] = more(*closely, result.parent)
+        folder, tied = closely
+        found["more"] = more(folder, tied, result.parent)
     found["modules"] = sorted(name for name in sys.modules if name.split(".")[0] in ("models", "configs"))
     result.write_text(json.dumps(found))
 

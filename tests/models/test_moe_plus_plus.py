@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.config import LayerConfig, LMConfig
 from models.ffn import experts as experts_file
-from models.ffn.experts import Experts
+from models.ffn.dispatch import Rowwise
 from models.ffn.moe_plus_plus import LOGITS, MoEPlusPlus, MoEPlusPlusConfig
 from models.ffn.moe_plus_plus_released import MoEPlusPlusReleasedConfig
 from models.ffn.swiglu import SwiGLUConfig
@@ -181,7 +181,7 @@ def test_only_picks_of_ffn_experts_are_permuted_and_multiplied(capacity: float |
     side = side_of(shape).with_keys(torch.arange(shape[0]))
     local, permuted, multiplied = module.dispatch, [], []
 
-    def dispatch(x_MD: Tensor, expert_M: Tensor, experts: Experts) -> Tensor:
+    def dispatch(x_MD: Tensor, expert_M: Tensor, experts: Rowwise) -> Tensor:
         permuted.extend(expert_M.tolist())
         return local(x_MD, expert_M, experts)
 
