@@ -81,6 +81,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"rounds": 3, "buckets": 6, "window": 4, "num_heads": 8, "head_dim": 2},
     ),
     "swiglu": ({"hidden": 8},),
+    "mlp": ({"activation": "relu_squared"}, {"activation": "gelu_tanh"}, {"hidden": 8, "activation": "relu"}),
     "moe": (
         {"num_experts": 8, "shared_gate": True},
         {"shared_hidden": 0, "capacity_factor": 0.8},
