@@ -33,9 +33,13 @@ PUBLISHED = {
     "hyper_fractional_olmoe_7b": "6.919",
     "mhc_3b": "2.97",
     "mhc_27b": "27.0",
+    "denseformer_48": "0.378",
     "mudd_2b8": "2.8",
     "ladder_hybrid_8b": "8.03",
+    "parallel_gptj_6b": "6.05",
     "parallel_palm_8b": "8.63",
+    "parallel_pythia_1b4": "1.41",
+    "parallel_neox_20b": "20.55",
 }
 DEBUG = [path for path in FILES if path.name.startswith(("debug_", "task_"))]
 
