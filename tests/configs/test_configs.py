@@ -37,7 +37,7 @@ PUBLISHED = {
     "mudd_2b8": "2.8",
     "ladder_hybrid_8b": "8.03",
     "parallel_gptj_6b": "6.05",
-    "post_gpt_117m": "0.116",
+    "post_olmo2_7b": "7.30",
     "parallel_palm_8b": "8.63",
     "parallel_pythia_1b4": "1.41",
     "parallel_neox_20b": "20.55",
