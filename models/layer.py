@@ -337,7 +337,8 @@ class Layer(nn.Module):
         key_gate_BT = self.depth.key_gate(gate_BT) if gate_BT is not None and self.key_gate else None
         state, mixed = self.mixer(state, side, local, gate_BT, key_gate_BT, cache)
         # What draws, such as the picks that a full expert drops, may look at the other tokens.
-        skips = self.depth.closes and self.ffn.branch.skips and not side.draws and worthwhile()
+        alone = self.ffn.branch.skips and self.ffn.by_rank is None and not side.draws
+        skips = self.depth.closes and alone and worthwhile()
         state, channel = self.ffn(state, side, local, gate_BT, gate_BT if skips else None, None)
         losses = joined(
             self,

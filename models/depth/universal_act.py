@@ -37,7 +37,7 @@ class AdaptiveUniversalDepth(UniversalDepth, kind="universal_act"):
     ponder_coef: float = 0.01
     bias: float = 1.0
 
-    example = MappingProxyType({"bias": 0.0})  # with which tokens of a small model stop at different steps
+    example = MappingProxyType({"bias": -0.97})  # with which tokens of a small model stop at different steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
