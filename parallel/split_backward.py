@@ -24,9 +24,13 @@ def groups(inputs: list[Node], params: list[Node], reverse_edges_dict: Any) -> l
         _, met = _backward.reverse_closure([param], closure, reverse_edges_dict)
         if met:
             found = joined(found, {"params": {param}, "intermediates": met}, met)
-    for group in [group for group in found if len(group["intermediates"]) > 1]:
-        # It may be part of another one by now, which then goes through all that it went through.
-        found = joined(found, {"params": set(), "intermediates": set()}, between(group["intermediates"], closure))
+    # Groups that became one have ways between them that none of them had.
+    before = len(found) + 1
+    while len(found) < before:
+        before = len(found)
+        for group in [group for group in found if len(group["intermediates"]) > 1]:
+            # It may be part of another one by now, which then goes through all that it went through.
+            found = joined(found, {"params": set(), "intermediates": set()}, between(group["intermediates"], closure))
     return found
 
 

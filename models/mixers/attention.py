@@ -105,12 +105,15 @@ class Attention(Mixer):
         q = self.q(views.q_BTD).unflatten(-1, (-1, self.head_dim))
         k = self.k(views.k_BTD).unflatten(-1, (-1, self.head_dim))
         v = self.v(views.v_BTD).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.query_gain != 1:
-            q = q * self.query_gain
+        q, k = self.sized(q, k)
         kept = {} if self.gate is None else {"gate": self.gate(views.q_BTD)}
         return Projected({"q": q, "k": k, "v": v}, kept)
+
+    def sized(self, q_BTHK: Tensor, k_BTJK: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, normed or in the size that the model's scaling gives them."""
+        if self.q_norm is not None and self.k_norm is not None:
+            return self.q_norm(q_BTHK), self.k_norm(k_BTJK)
+        return (q_BTHK if self.query_gain == 1 else q_BTHK * self.query_gain), k_BTJK
 
     def reading(self, heads: dict[str, Tensor], weights: dict[str, Tensor]) -> Attend:
         """From scores to outputs. heads, weights: as `core` sees them, before positions."""

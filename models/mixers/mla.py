@@ -75,6 +75,8 @@ class MLA(Mixer):
         super().__init__()
         self.config, heads = config, config.num_heads
         self.own_values = ctx.own_values
+        self.width = config.head_dim + config.shared_dim
+        self.query_gain = ctx.attention_gain(self.width)
         axis, width = Axis("heads", heads), config.head_dim + config.shared_dim
         self.q_latent = self.q_norm = None
         if config.query_latent_dim is not None:
@@ -95,9 +97,9 @@ class MLA(Mixer):
         return OwnTokens(made)
 
     def project(self, views: Views, inputs: State, side: Side) -> Projected:
-        q_BTHN = self.q(inputs.get("q_latent", views.q_BTD))
+        q_BTHN = self.q(inputs.get("q_latent", views.q_BTD)).unflatten(-1, (-1, self.width))
         heads = {
-            "q": q_BTHN.unflatten(-1, (-1, self.config.head_dim + self.config.shared_dim)),
+            "q": q_BTHN if self.query_gain == 1 else q_BTHN * self.query_gain,
             "v": self.v(inputs["latent"]).unflatten(-1, (-1, self.config.value_dim)),
             "latent": inputs["latent"][:, :, None],
             "shared_key": inputs["shared_key"][:, :, None],

@@ -136,8 +136,7 @@ class MixtureOfHeads(Attention):
         q_BTKV = LocalDispatch()(x_MD, index_BTK.flatten(), Matrices(heads_EDV)).view(*index_BTK.shape, self.head_dim)
         k = self.k(views.k_BTD).unflatten(-1, (-1, self.head_dim))
         v = self.v(views.v_BTD).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTKV, k = self.q_norm(q_BTKV), self.k_norm(k)
+        q_BTKV, k = self.sized(q_BTKV, k)
         return Projected({"q": q_BTKV, "k": k, "v": v}, {GATES: gates_BTK, INDEX: index_BTK})
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:

@@ -72,6 +72,13 @@ COMBINATIONS: dict[str, LMConfig] = {
             "M": {"mixer": plain("mixer", "gated_deltanet"), "ffn": plain("ffn", "moe")},
         },
     ),
+    "heads_of_a_larger_model": build(
+        mixer={**plain("mixer", "moa"), "num_heads": 4},
+        scaling={**plain("scaling", "completep"), "base_head_dim": 2},
+    ),
+    "bounds_of_all_layers": build(
+        6, mixer="hgrn2", ffn="mlp", residual="hyper_static", shortcut="pangu", tie_embeddings=True
+    ),
     "microbatch_statistics": build(
         ffn={
             **plain("ffn", "moe"),
@@ -147,6 +154,14 @@ def test_stages_without_experts(mesh: str, pool: Pool) -> None:
 @pytest.mark.parametrize("mesh", ["fsdp=2,tp=2,pp=2", "cp=2,tp=2", "pp=2,schedule=dualpipev"])
 @pytest.mark.parametrize("name", ["mudd", "ladder", "reversible"])
 def test_combinations(name: str, mesh: str, pool: Pool) -> None:
+    assert_equal(COMBINATIONS[name], mesh, pool)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("heads_of_a_larger_model", "tp=2"), ("bounds_of_all_layers", "pp=2,schedule=dualpipev")],
+)
+def test_what_random_combinations_found(name: str, mesh: str, pool: Pool) -> None:
     assert_equal(COMBINATIONS[name], mesh, pool)
 
 

@@ -106,8 +106,9 @@ def test_in_step_it_is_the_plain_model(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("slot", "kind"), [at for at in every_kind() if at[0] not in ("residual", "scaling")])
+@pytest.mark.parametrize(("slot", "kind"), [at for at in every_kind() if at[0] not in ("residual", "scaling", "norm")])
 def test_in_step_every_kind_is_the_plain_model(slot: str, kind: str) -> None:
+    """But for norms behind a branch, which norm each rank's part."""
     fields: dict[str, Any] = {slot: kind}
     if slot == "router":
         fields = {"ffn": {**plain("ffn", "moe"), slot: plain(slot, kind)}}
