@@ -65,8 +65,9 @@ MIXED = build(
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("residual", ("plain", "desync"))
-@pytest.mark.parametrize("depth", ("universal", "universal_act"))
+@pytest.mark.parametrize(
+    ("depth", "residual"), [("universal", "plain"), ("universal", "desync"), ("universal_act", "plain")]
+)
 def test_a_block_that_repeats(depth: str, residual: str) -> None:
     config = build(depth=depth, ffn="moe", norm="peri", residual=residual)
     batch = make_batch(config, MeshConfig(), settings := Settings(micro_batches=2))
