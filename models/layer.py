@@ -251,7 +251,6 @@ def joined(layer: "Layer", *parts: tuple[bool, Mapping[str, Tensor]]) -> dict[st
     """All losses of a layer, whose index only errors read: a compiler would otherwise make code for every layer.
 
     Each part says whether it has any, which pipeline stages plan by. Losses of one name are added, as layers' are.
-
     Raises ValueError when a part does not do as it says: a loss would be lost in silence.
     """
     found: dict[str, Tensor] = {}
@@ -337,9 +336,9 @@ class Layer(nn.Module):
         key_gate_BT = self.depth.key_gate(gate_BT) if gate_BT is not None and self.key_gate else None
         state, mixed = self.mixer(state, side, local, gate_BT, key_gate_BT, cache)
         # What draws, such as the picks that a full expert drops, may look at the other tokens.
-        alone = self.ffn.branch.skips and self.ffn.by_rank is None and not side.draws
-        skips = self.depth.closes and alone and worthwhile()
-        state, channel = self.ffn(state, side, local, gate_BT, gate_BT if skips else None, None)
+        alone = self.ffn.branch.skips and self.ffn.by_rank is None and not side.draws and worthwhile()
+        open_BT = gate_BT if self.depth.closes and alone else None
+        state, channel = self.ffn(state, side, local, gate_BT, open_BT, None)
         losses = joined(
             self,
             (self.depth.has_losses, gated.losses),
