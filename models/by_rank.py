@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.params import Axis, named_specs
 from models.pieces import TENSOR_AXES, WHOLE, WIDTH_AXIS, Part, as_rank, fits, named_axes, split
-from models.slots import FFN, Beside, Cache, FFNConfig, Mixer, MixerConfig, ValuesConfig
+from models.slots import FFN, Beside, Cache, Mixer, MixerConfig, ValuesConfig
 from models.state import Entry, Layout, OwnTokens, Result, Side, State, Views
 
 
@@ -104,8 +104,10 @@ def check_by_rank(part: Mixer | FFN, branch: nn.Module, beside: Beside, ranks: i
     name, who = type(part).__name__, f"a residual that gives each of {ranks} tensor ranks a stream of its own"
     writes = cast(tuple[Entry, ...], branch.writes)
     if isinstance(part, FFN) and part.entry == "tokens" and not part.by_part:
-        others = FFNConfig.such_as(lambda kind: kind.by_rank)
-        raise ValueError(f"{name} has no part for each rank, and {who} has nothing else; use an ffn that has{others}")
+        raise ValueError(
+            f"{name} runs on whole tokens and does not say by_part, and {who} has only parts; use another ffn, or let "
+            f"{name}.forward return one part of its output"
+        )
     if isinstance(part, Mixer):
         others = MixerConfig.such_as(lambda kind: kind.by_rank)
         if type(part).finish is not Mixer.finish:

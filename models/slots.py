@@ -208,14 +208,13 @@ class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
 
 
 class FFNConfig(Plugin, slot="ffn", folder="models.ffn"):
-    """Information across channels. by_rank, grows: as of a mixer."""
+    """Information across channels. grows: as of a mixer."""
 
     grows: ClassVar[tuple[str, ...]] = ("hidden", "shared_hidden")
 
     causal: ClassVar[bool] = True
     batch_independent: ClassVar[bool] = True
     incremental: ClassVar[bool] = True
-    by_rank: ClassVar[bool] = True
 
     def build(self, ctx: LayerContext) -> FFN:
         raise NotImplementedError

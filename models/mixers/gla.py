@@ -21,10 +21,9 @@ from models.state import Projected, Side, State, Views
 class GLAConfig(SharedHeadsConfig, kind="gla"):
     """Gated linear attention (Yang et al., arXiv 2312.06635).
 
-    expand_k, expand_v: width of all query heads and of all value heads together, as multiples of d_model. num_kv_heads:
-    keys, values and decays may have fewer heads, each serving several query heads. gate_rank: of the decays'
-    projection. gate_normalizer: log decays are divided by it, so that a state forgets slowly at first. gate_floor:
-    least log decay. conv_size: tokens that a convolution on q, k and v sees; null for none.
+    num_kv_heads: keys, values and decays may have fewer heads, each serving several query heads. gate_rank: of the
+    decays' projection. gate_normalizer: log decays are divided by it, so that a state forgets slowly at first.
+    gate_floor: least log decay. conv_size: tokens that a convolution on q, k and v sees; null for none.
 
     A gated key scales its token's value.
     """

@@ -23,9 +23,8 @@ from models.state import Projected, Side, State, Views
 class GSAConfig(SharedHeadsConfig, kind="gsa"):
     """Gated slot attention (Zhang et al., arXiv 2409.07146).
 
-    num_slots: keys and values that a head keeps. expand_k, expand_v: width of all query heads and of all value heads
-    together, as multiples of d_model. num_kv_heads: keys, values and slots may have fewer heads, each serving several
-    query heads. gate_normalizer: log decays are divided by it, so that slots forget slowly at first.
+    num_slots: keys and values that a head keeps. num_kv_heads: keys, values and slots may have fewer heads, each
+    serving several query heads. gate_normalizer: log decays are divided by it, so that slots forget slowly at first.
 
     A gated key scales what its token writes to the slots.
     """

@@ -22,7 +22,7 @@ class PrePostMUDD(MUDDConnections, kind="mudd_prepost"):
     norm for all who mix it, each mix is added to the newest output itself, and the residual way and the model's end are
     normed before that. Starts as the plain residual.
 
-    separate_norms to window: as in mudd. eps: of all norms.
+    eps: of all norms.
     """
 
     def normed_aggregate(self, d_model: int, ways: int, sources: int) -> "NormedAggregate":

@@ -69,3 +69,9 @@ def test_a_gathered_branch_that_nothing_splits_is_refused_under_tp(forget: None)
     refuse(config, MeshConfig(fsdp=2))
     with pytest.raises(ValueError, match="Probe of layer 0 names no axis that tp can split"):
         refuse(config, MeshConfig(tp=2))
+
+
+def test_whole_tokens_without_parts_are_refused_where_ranks_have_streams(forget: None) -> None:
+    ffn_with("mine", True)
+    with pytest.raises(ValueError, match="Probe runs on whole tokens and does not say by_part"):
+        refuse(build(ffn={"kind": "probe"}, residual={"kind": "desync", "ranks": 2}), MeshConfig())

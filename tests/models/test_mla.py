@@ -10,7 +10,8 @@ from models.config import LayerConfig
 from models.context import LayerContext
 from models.ffn.swiglu import SwiGLUConfig
 from models.mixers.mla import MLA, MLAConfig
-from models.slots import Cache
+from models.scaling.completep import CompleteP
+from models.slots import Cache, ScalingConfig
 from tests.hf.double import Double
 from tests.models.mixers import WIDTH, run, side_of, stream
 from tests.models.weights import randomize
@@ -23,9 +24,9 @@ NO_POSITIONS = MLAConfig(num_heads=2, head_dim=4, value_dim=3, shared_dim=3, lat
 every_config = pytest.mark.parametrize("config", [PLAIN, LOW_RANK, NO_POSITIONS], ids=["plain", "low rank", "nope"])
 
 
-def build(config: MLAConfig, own_values: bool = True) -> MLA:
+def build(config: MLAConfig, own_values: bool = True, scaling: ScalingConfig | None = None) -> MLA:
     layers = (LayerConfig(config, SwiGLUConfig(1)),)
-    mixer = config.build(LayerContext(WIDTH, 0, layers, norm_eps=1e-6, own_values=own_values))
+    mixer = config.build(LayerContext(WIDTH, 0, layers, norm_eps=1e-6, own_values=own_values, scaling=scaling))
     assert isinstance(mixer, MLA)
     randomize(mixer, 0.6)
     return mixer.double()
@@ -124,6 +125,19 @@ def test_documents_are_isolated(config: MLAConfig) -> None:
         for start, stop in ((0, 5), (5, 9)):
             alone, _ = run(mixer, x[:, start:stop], side_of(1, stop - start))
             torch.testing.assert_close(out[:, start:stop], alone, rtol=1e-11, atol=1e-11)
+
+
+@every_config
+def test_queries_have_the_size_that_a_scaling_gives_them(config: MLAConfig) -> None:
+    """Of heads with a quarter of the base model's width: twice."""
+    base = CompleteP(WIDTH, 1, base_head_dim=4 * (config.head_dim + config.shared_dim))
+    scaled, plain = build(config, scaling=base), build(config)
+    x_BTD, side = stream(2, 7), side_of(2, 7)
+    expected, _ = run(plain, x_BTD, side)
+    assert not torch.allclose(run(scaled, x_BTD, side)[0], expected)
+    with torch.no_grad():
+        scaled.q.weight.div_(2)
+    torch.testing.assert_close(run(scaled, x_BTD, side)[0], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_an_odd_shared_key_is_refused() -> None:

@@ -13,6 +13,7 @@ from models.depth.universal_act import HaltingStep
 from models.lm import LM
 from models.params import Linear, initialize
 from models.state import Side, Views
+from tests.contract import test_contract as contract
 from tests.contract.test_contract import shaken
 from tests.contract.tiny import build
 
@@ -221,3 +222,9 @@ def test_biases_move_once_by_the_loads_of_all_steps() -> None:
 def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LM(build(**{"depth": "universal", **fields}))
+
+
+def test_every_norm_is_used_where_only_the_first_step_makes_values() -> None:
+    """MUDD norms the inputs of queries, keys and values apart, and the last of them is read once."""
+    depth = {"kind": "universal", "scale": 0.1}
+    contract.test_shapes_gradients_and_dtype(build(mixer="retention", residual="mudd", values="svformer", depth=depth))
