@@ -1,16 +1,23 @@
-"""A correction of torch's split backward, which zero-bubble, ZBV and DualPipeV schedules run.
+"""Corrections of torch's split backward, which zero-bubble, ZBV and DualPipeV schedules run.
 
 Gradients of a stage's inputs come first. Those of parameters come later, group by group, from where a group's paths
 meet the paths to the inputs. A group that meets them at several places goes backward through all that lies between, and
 what it went through cannot be gone through again by another group that meets them there: in torch (2.11 to 2.13) a
 parameter that two layers of a stage share, or that is used twice within one, ends the step with an error. Here such
 groups are one.
+
+Once it has a parameter's gradient, torch (2.11 to 2.13) makes that very tensor the parameter's `.grad`, and adds those
+of later micro-batches to it in place. Two parameters that are added to one another have one tensor between them, which
+then gets every sum and every clipping twice; one that came through a concatenation has a view that is not laid out as
+the parameter is, which a fused optimiser reads as if it were. Here every gradient begins as zeros of its own.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch.autograd.graph import Node
-from torch.distributed.pipelining import _backward
+from torch.distributed.pipelining import _backward, stage
 
 Group = dict[str, set[Node]]
 
@@ -58,6 +65,18 @@ def number(node: Node) -> int:
     return node._sequence_nr()  # type: ignore[attr-defined]
 
 
+def weight_gradients(
+    weights: Iterable[torch.nn.Parameter], param_groups: list[Group], retain_graph: bool = False
+) -> tuple[torch.Tensor | None, ...]:
+    """Stands in for `stage_backward_weight`: adds to the gradient of every parameter, in memory of its own."""
+    weights = list(weights)
+    for weight in weights:
+        if weight.requires_grad and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    return _backward.stage_backward_weight(iter(weights), param_groups, retain_graph)
+
+
 def correct() -> None:
-    """Have torch use it, in this process."""
+    """Have torch use them, in this process."""
     _backward.get_param_groups = groups
+    stage.stage_backward_weight = weight_gradients  # pyright: ignore[reportPrivateImportUsage]

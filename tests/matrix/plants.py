@@ -9,8 +9,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed.pipelining import _backward
 
-from parallel import check, collectives, data, engine, expert, gradients, pipeline, shards, tensor
+from parallel import check, collectives, data, engine, expert, gradients, pipeline, shards, split_backward, tensor
 from parallel.mesh import MeshConfig, Ranks
 
 Plant = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -221,6 +222,13 @@ def fsdp_per_layer_under_a_split_backward() -> Iterator[None]:
             honest(root, model, mesh, dtype)
 
     with mock.patch.object(data, "parallelize", broken):
+        yield
+
+
+@plant("hybrid", "pp=2,schedule=zbv")
+def gradients_of_a_split_backward_as_torch_lays_them_out() -> Iterator[None]:
+    """Our own: views of a concatenation's gradient, which a fused optimiser reads as if they were contiguous."""
+    with mock.patch.object(split_backward, "weight_gradients", _backward.stage_backward_weight):
         yield
 
 
