@@ -91,4 +91,4 @@ def compare(read: Read, source: Path) -> None:
 def describe(config: LMConfig) -> str:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in LM(config).parameters())
-    return f"{parameters / 1e6:,.1f}M parameters, {len(config.expanded)} layers"
+    return f"{parameters:,} parameters, {len(config.expanded)} layers"

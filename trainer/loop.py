@@ -133,7 +133,7 @@ def opening(config: RunConfig, mesh: Mesh, state: RunState, last: int, origin: P
         parameters = sum(parameter.numel() for parameter in LM(config.model).parameters())
     fresh = "starting" if origin is None else f"starting from the weights of {origin}"
     begin = f"resuming after step {state.step}" if state.step else fresh
-    return f"{begin}: {parameters / 1e6:.1f}M parameters, {mesh.config}, to step {last}, in {config.run.dir}"
+    return f"{begin}: {parameters:,} parameters, {mesh.config}, to step {last}, in {config.run.dir}"
 
 
 def nothing_to_do(config: RunConfig, state: RunState, last: int) -> str:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             print(
                 f"{found.tokens_per_s:,.0f} tokens/s, MFU {found.mfu:.1%} of {found.peak_flops / 1e12:.2f} TFLOP/s per "
                 f"rank, peak memory {found.memory_gib:.2f} GiB, {found.seconds_per_step:.3f} s per step, "
-                f"{found.parameters / 1e6:.1f}M parameters"
+                f"{found.parameters:,} parameters"
             )
     return 0
 
