@@ -153,7 +153,7 @@ class MoEPlusPlus(RoutedFFN):
         self.router = router
         self.router_residual: LinearRouter | None = None
         if config.linked(nearest(ffns[: ctx.index][::-1])):
-            self.router_residual = LinearRouter(config.num_total, config.num_total)
+            self.router_residual = LinearRouter(config.num_total, config.num_total, wide=False)
             self.reads = (LOGITS,)
         if config.linked(nearest(ffns[ctx.index + 1 :])):
             self.writes = (Entry(LOGITS, (config.num_total,), dtype=torch.float32),)

@@ -53,7 +53,7 @@ class TwoLayerRouter(nn.Module):
     def __init__(self, d_model: int, num_experts: int) -> None:
         super().__init__()
         self.inner = LinearRouter(d_model, 8 * num_experts)
-        self.outer = LinearRouter(8 * num_experts, num_experts)
+        self.outer = LinearRouter(8 * num_experts, num_experts, wide=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.outer(self.inner(x_ND).tanh())

@@ -168,10 +168,10 @@ class TopKRouter(Router):
 
 
 class LinearRouter(Linear):
-    """`logits = W x`, at least in float32."""
+    """`logits = W x`, at least in float32. wide: see `ParamSpec`."""
 
-    def __init__(self, d_in: int, num_experts: int) -> None:
-        super().__init__(d_in, num_experts, role="router")
+    def __init__(self, d_in: int, num_experts: int, wide: bool = True) -> None:
+        super().__init__(d_in, num_experts, role="router", wide=wide)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return F.linear(upcast(x_ND), upcast(self.weight))

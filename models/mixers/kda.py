@@ -92,7 +92,7 @@ class KDA(LinearMixer):
         self.decay_down = Linear(ctx.d_model, rank, role="gate")
         self.decay_up = Linear(rank, value_heads * key, axis=axis, role="gate", wide=False)
         self.gate_down = Linear(ctx.d_model, rank)
-        self.gate_up = Linear(rank, value_heads * value, axis=axis, bias=True)
+        self.gate_up = Linear(rank, value_heads * value, axis=axis, bias=True, wide=False)
         self.o = Linear(value_heads * value, ctx.d_model, in_axis=axis, init=ctx.output_init)
         self.norm = RMSNorm(value, ctx.norm_eps)
         self.A_log: nn.Parameter

@@ -82,12 +82,14 @@ class MLA(Mixer):
         if config.query_latent_dim is not None:
             self.q_latent = Linear(ctx.d_model, config.query_latent_dim)
             self.q_norm = RMSNorm(config.query_latent_dim, ctx.norm_eps)
-        self.q = Linear(config.query_latent_dim or ctx.d_model, heads * width, axis=axis)
+        # A wider model has no wider latents, unless it says so.
+        wide = config.query_latent_dim is None
+        self.q = Linear(config.query_latent_dim or ctx.d_model, heads * width, axis=axis, wide=wide)
         self.latent = Linear(ctx.d_model, config.latent_dim)
         self.latent_norm = RMSNorm(config.latent_dim, ctx.norm_eps)
         self.shared_key = Linear(ctx.d_model, config.shared_dim)
-        self.k = Linear(config.latent_dim, heads * config.head_dim, axis=axis)
-        self.v = Linear(config.latent_dim, heads * config.value_dim, axis=axis)
+        self.k = Linear(config.latent_dim, heads * config.head_dim, axis=axis, wide=False)
+        self.v = Linear(config.latent_dim, heads * config.value_dim, axis=axis, wide=False)
         self.o = Linear(heads * config.value_dim, ctx.d_model, in_axis=axis, init=ctx.output_init)
 
     def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.ffn.routing import Router, Routing, best
+from models.params import upcast
 from models.routers.noisy_top_k import NoisyConfig, NoisyRouter
 
 
@@ -28,7 +29,7 @@ class VMoEConfig(NoisyConfig, kind="v_moe"):
 
 class VMoE(NoisyRouter):
     def deviation(self, x_BTD: Tensor) -> Tensor:
-        return torch.full((), 1 / self.num_experts, device=x_BTD.device)
+        return upcast(x_BTD[:0]).new_full((), 1 / self.num_experts)
 
     def weigh(self, clean_BTE: Tensor, noisy_BTE: Tensor) -> Routing:
         probs_BTE = noisy_BTE.softmax(-1)

@@ -16,7 +16,7 @@ from models.context import LayerContext
 from models.limits import at_least
 from models.params import Constant, declare
 from models.shortcuts.laurel import LowRank
-from models.shortcuts.laurel_rw import ResidualWeights, WeightedPath
+from models.shortcuts.laurel_rw import LaurelWeights, ResidualWeights, WeightedPath
 from models.slots import Beside, ShortcutConfig
 from models.state import Entry, State
 
@@ -67,18 +67,18 @@ class LaurelLowRankPrevious(LaurelPrevious, kind="laurel_lr_pa"):
 class LaurelWeightsLowRankPrevious(LaurelPrevious, kind="laurel_rw_lr_pa"):
     """LAuReL-RW+LR+PA: alpha F(x) + beta (x + B A (x + sum_j gamma_j x_j)).
 
-    alpha: where the branch's weight starts; see laurel_rw.
+    total, alpha: see laurel_rw.
     """
 
-    alpha: float = 0.5
+    total: float = 2.0
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha is {self.alpha}; it must lie between 0 and 1, and 0.5 treats both sides alike")
+        LaurelWeights(self.total, self.alpha)
 
     def build(self, ctx: LayerContext) -> nn.Module:
-        return WeightedPath(ResidualWeights(self.alpha), LowRank(ctx.d_model, self.rank))
+        return WeightedPath(LaurelWeights(self.total, self.alpha).weights(), LowRank(ctx.d_model, self.rank))
 
     def beside(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], path: nn.Module) -> Beside:
         assert isinstance(path, WeightedPath) and isinstance(path.path, LowRank)

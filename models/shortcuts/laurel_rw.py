@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.limits import at_least
+from models.limits import above_zero, at_least
 from models.params import declare, upcast
 from models.shortcuts.laurel import LowRank
 from models.slots import Beside, ShortcutConfig
@@ -20,19 +20,28 @@ from models.state import State
 
 @dataclasses.dataclass(frozen=True)
 class LaurelWeights(ShortcutConfig, kind="laurel_rw"):
-    """LAuReL-RW: alpha F(x) + beta x, a softmax of two learned numbers per sublayer.
+    """LAuReL-RW: alpha F(x) + beta x, total times a softmax of two learned numbers per sublayer.
 
-    alpha: where the branch's weight starts, between 0 and 1; the path has the rest.
+    total: what the two sum to; 2 starts as the plain sublayer, while with 1 the stream shrinks from layer to layer.
+    alpha: where the branch's weight starts, half of total by default; the path has the rest.
     """
 
-    alpha: float = 0.5
+    total: float = 2.0
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha is {self.alpha}; it must lie between 0 and 1, and 0.5 treats both sides alike")
+        above_zero(self, "total")
+        if self.alpha is not None and not 0 < self.alpha < self.total:
+            raise ValueError(
+                f"alpha is {self.alpha}; it must lie between 0 and total {self.total}, half of which treats both "
+                "sides alike"
+            )
+
+    def weights(self) -> "ResidualWeights":
+        return ResidualWeights(self.total, self.total / 2 if self.alpha is None else self.alpha)
 
     def build(self, ctx: LayerContext) -> nn.Module:
-        return WeightedPath(ResidualWeights(self.alpha), nn.Identity())
+        return WeightedPath(self.weights(), nn.Identity())
 
     def beside(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], path: nn.Module) -> Beside:
         assert isinstance(path, WeightedPath)
@@ -53,31 +62,33 @@ class LaurelWeightsLowRank(LaurelWeights, kind="laurel_rw_lr"):
         at_least(self, 1, "rank")
 
     def build(self, ctx: LayerContext) -> nn.Module:
-        return WeightedPath(ResidualWeights(self.alpha), LowRank(ctx.d_model, self.rank))
+        return WeightedPath(self.weights(), LowRank(ctx.d_model, self.rank))
 
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """[2], of which alpha is the softmax's first part."""
+    """[2], of which `alpha` is the first part of `total` times the softmax."""
 
+    total: float
     alpha: float
 
     def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.tensor([math.log(self.alpha), math.log(1 - self.alpha)])
+        return torch.tensor([math.log(self.alpha), math.log(self.total - self.alpha)])
 
 
 class ResidualWeights(nn.Module):
-    """(alpha, beta), which sum to 1: unbounded ones make training unstable, says the paper."""
+    """(alpha, beta), which sum to `total`: unbounded ones make training unstable, says the paper."""
 
     logits: nn.Parameter
 
-    def __init__(self, alpha: float) -> None:
+    def __init__(self, total: float, alpha: float) -> None:
         super().__init__()
-        declare(self, "logits", (2,), Logits(alpha))
+        self.total = total
+        declare(self, "logits", (2,), Logits(total, alpha))
 
     def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Shape [] each."""
-        alpha, beta = upcast(self.logits).softmax(0).to(dtype).unbind()
+        alpha, beta = (self.total * upcast(self.logits).softmax(0)).to(dtype).unbind()
         return alpha, beta
 
 

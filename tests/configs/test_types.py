@@ -51,11 +51,11 @@ def test_other_types() -> None:
     [
         ({"names": "ab"}, "s.names: 'ab' is not a list; write a list, each text"),
         ({"names": ["a", 1]}, 's.names.1: 1 is not text; write it in quotes, "1"'),
-        ({"norms": [{"kind": "pre"}, {}]}, "s.norms.1: kind is missing; write kind: and one of peri, post, pre"),
+        ({"norms": [{"kind": "pre"}, {}]}, "s.norms.1: kind is missing; write kind: and one of none, peri, post, pre"),
         ({"pairs": [[1]]}, "s.pairs.0: [1] has 1 elements; write a list of 2: a whole number, a number"),
         ({"table": {"a": "x"}}, "s.table.a: 'x' is not a whole number; the default of table is {}"),
         ({"one_or_more": {"kind": "pre", "n": 1}}, "s.one_or_more.n: unknown key; pre takes eps"),
-        ({"one_or_more": [{}]}, "s.one_or_more.0: kind is missing; write kind: and one of peri, post, pre"),
+        ({"one_or_more": [{}]}, "s.one_or_more.0: kind is missing; write kind: and one of none, peri, post, pre"),
         ({"either": "none"}, "s.either: 'none' is not a whole number or all; the default of either is 1"),
     ],
 )

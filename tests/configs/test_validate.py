@@ -74,14 +74,14 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
             "model.layers.A.ffn={kind: moe, hidden: 1}",
             "model.layers.A.ffn: num_experts is missing; moe needs it, a whole number",
         ),
-        ("model.norm={eps: 1}", "model.norm: kind is missing; write kind: and one of peri, post, pre"),
+        ("model.norm={eps: 1}", "model.norm: kind is missing; write kind: and one of none, peri, post, pre"),
         (
             "model.norm={kind: per}",
-            "model.norm.kind: unknown norm kind 'per'; did you mean 'peri'? the kinds are peri, post, pre",
+            "model.norm.kind: unknown norm kind 'per'; did you mean 'peri'? the kinds are none, peri, post, pre",
         ),
-        ("model.norm={kind: 3}", "model.norm.kind: 3 is not text; the kinds are peri, post, pre"),
+        ("model.norm={kind: 3}", "model.norm.kind: 3 is not text; the kinds are none, peri, post, pre"),
         # mappings
-        ("model.norm=pre", "model.norm: 'pre' is not a mapping; write kind: and one of peri, post, pre"),
+        ("model.norm=pre", "model.norm: 'pre' is not a mapping; write kind: and one of none, peri, post, pre"),
         ("model.layers.A=3", "model.layers.A: 3 is not a mapping; write a mapping with mixer, ffn, norm"),
         ("model.layers.A=null", "model: pattern 'AA' uses 'A', which layers does not define; layers defines nothing"),
         (

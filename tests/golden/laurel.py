@@ -36,7 +36,11 @@ class Sublayer(nn.Module):
 
 def run(inputs: Params, params: Params, config: dict) -> Params:
     width, rank, state = config["D"], config["rank"], {"x": inputs["x"]}
-    kind = LaurelWeightsLowRank(rank=rank) if config["parts"] == ["rw", "lr"] else LaurelLowRankPrevious(rank=rank)
+    kind = (
+        LaurelWeightsLowRank(total=1, rank=rank)
+        if config["parts"] == ["rw", "lr"]
+        else LaurelLowRankPrevious(rank=rank)
+    )
     for index in range(config["layers"]):
         place, branch = context(width, index // 2, config["layers"]), "ffn" if index % 2 else "mixer"
         path = kind.build(place)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from models.lm import LM
 from models.params import initialize
+from models.slots import ShortcutConfig
+from tests.contract.tiny import build
 from tests.models.test_values import shaken, tokens
 
 
@@ -40,15 +42,26 @@ def test_weights_of_branch_and_path() -> None:
     model = shaken(2, shortcut="laurel_rw")
     trace = Trace(model)
     for index in range(4):
-        alpha, beta = sublayer(model, index).connection.shortcut.weights.logits.softmax(0)
+        alpha, beta = 2 * sublayer(model, index).connection.shortcut.weights.logits.softmax(0)
         torch.testing.assert_close(trace.x[index + 1], alpha * trace.out[index] + beta * trace.x[index])
 
 
-def test_weights_start_where_the_config_says() -> None:
-    model = LM(shaken(1, shortcut={"kind": "laurel_rw", "alpha": 0.2}).config)
+@pytest.mark.parametrize(("total", "alpha", "expected"), [(2.0, None, (1.0, 1.0)), (1.0, 0.2, (0.2, 0.8))])
+def test_weights_start_where_the_config_says(total: float, alpha: float | None, expected: tuple[float, float]) -> None:
+    model = LM(shaken(1, shortcut={"kind": "laurel_rw", "total": total, "alpha": alpha}).config)
     initialize(model, 0)
     weights = sublayer(model, 1).connection.shortcut.weights(torch.float32)
-    torch.testing.assert_close(torch.stack(weights), torch.tensor([0.2, 0.8]))
+    torch.testing.assert_close(torch.stack(weights), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ShortcutConfig.kinds() if kind not in ("none", "laurel_pa")])
+def test_starts_as_the_plain_sublayer(kind: str) -> None:
+    """To 1e-12 at any depth: a stream that shrank on the way would fall below the norms' eps."""
+    plain, model = (LM(build(24, shortcut=shortcut)) for shortcut in ("none", kind))
+    for one in (plain, model):
+        initialize(one, 0)
+    logits = [one.double()(tokens()).logits for one in (plain, model)]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-12, atol=1e-12)
 
 
 def test_previous_streams_are_counted_by_sublayers() -> None:
@@ -58,7 +71,7 @@ def test_previous_streams_are_counted_by_sublayers() -> None:
     trace = Trace(model)
     for index in range(4):
         path = sublayer(model, index).connection.shortcut
-        alpha, beta = path.weights.logits.softmax(0)
+        alpha, beta = 2 * path.weights.logits.softmax(0)
         earlier = list(range(max(0, index - 2), index))
         gamma = sublayer(model, index).beside.gamma if earlier else []
         weighted = trace.x[index] + sum(g * trace.x[j] for g, j in zip(gamma, earlier, strict=True))
@@ -100,8 +113,8 @@ def test_the_augmented_shortcut_needs_no_single_path() -> None:
 @pytest.mark.parametrize(
     ("shortcut", "message"),
     [
-        ({"kind": "laurel_rw", "alpha": 1.0}, "alpha is 1.0; it must lie between 0 and 1"),
-        ({"kind": "laurel_rw_lr_pa", "alpha": 0.0}, "alpha is 0.0; it must lie between 0 and 1"),
+        ({"kind": "laurel_rw", "alpha": 2.0}, "alpha is 2.0; it must lie between 0 and total 2.0"),
+        ({"kind": "laurel_rw_lr_pa", "alpha": 0.0}, "alpha is 0.0; it must lie between 0 and total 2.0"),
         ({"kind": "laurel_pa", "previous": 0}, "previous is 0; it must be at least 1, or null for all"),
         ({"kind": "pangu", "reduction": 5}, "reduction 5 does not divide d_model 16"),
     ],

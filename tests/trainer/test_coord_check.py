@@ -11,9 +11,11 @@ from configs.structure import instantiate
 from configs.validate import parse
 from launch.cli import main
 from models.config import LMConfig
+from models.lm import LM
+from models.params import is_stack, named_specs
 from parallel.engine import Engine
 from parallel.mesh import Mesh
-from tests.contract.tiny import build
+from tests.contract.tiny import build, every_kind, of_kind
 from trainer.coord_check import Point, measure, sized, slope, slopes
 from trainer.optim.base import OptimConfig
 
@@ -114,3 +116,19 @@ def test_refusals(
     assert main(["coord-check", "configs/debug_completep.yaml", *options]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("slot", "kind"), every_kind())
+def test_wide_matrices_have_more_inputs_in_a_wider_model(slot: str, kind: str) -> None:
+    """And others have not: scaled as if they had, their outputs would shrink with the width."""
+    config = of_kind(slot, kind)
+    with torch.device("meta"):
+        try:
+            models = [LM(config), LM(sized(config, width=2 * config.d_model))]
+        except ValueError as error:
+            pytest.skip(str(error))
+    specs, wider = ({name: spec for name, _, _, spec in named_specs(model)} for model in models)
+    for name, spec in specs.items():
+        if spec.role in ("matrix", "gate", "router") and len(spec.shape) > 1:
+            inputs = 1 if is_stack(spec.axes) else 0 if name.endswith(("dynamic_alpha", "dynamic_beta")) else -1
+            assert spec.wide == (wider[name].shape[inputs] > spec.shape[inputs]), name

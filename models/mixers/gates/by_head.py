@@ -70,7 +70,8 @@ class SliceGate(Gate):
 
     def __init__(self, config: SliceGateConfig, heads: Heads) -> None:
         super().__init__()
-        declare(self, "weight", (heads.num, heads.d_model // heads.num), Normal(0.02), role="gate")
+        # A wider model has more slices, not wider ones.
+        declare(self, "weight", (heads.num, heads.d_model // heads.num), Normal(0.02), role="gate", wide=False)
         declare(self, "bias", (heads.num,), config.logit)
 
     def own_tokens(self, views: Views) -> OwnTokens:
