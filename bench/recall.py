@@ -4,7 +4,7 @@
     python -m bench.recall --mixers attention,gla --pairs 4 --steps 200 --out /tmp/recall
 
 Two layers without an FFN, width 64, as configs/task_mqar.yaml has them; a sequence is 8 tokens per pair. What is in the
-JSON file already is not trained again, and a mixer that got less than half of one size right is left out of larger ones.
+JSON file already is not trained again, and a mixer that got less than half of a size right is left out of larger ones.
 """
 
 import argparse
