@@ -22,3 +22,7 @@ class Beside(nn.Module):
         """x_BTD: the connection's `peek` before the sublayer. view_BTD: what the branch read, normed. out_BTD: what it
         made of it. Returns what joins the path, and entries."""
         return out_BTD, {}
+
+    def flops_per_token(self, d_model: int) -> float:
+        """As of a connection. Parameters that the path has too are counted in both."""
+        return 0.0

@@ -11,8 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.params import Axis, named_specs
-from models.pieces import TENSOR_AXES, WHOLE, WIDTH_AXIS, Part, as_rank, fits, named_axes, split
+from models.params import Axis, ParamSpec, named_specs
+from models.pieces import TENSOR_AXES, WHOLE, WIDTH_AXIS, Part, as_rank, cut, fits, named_axes, split
 from models.slots import FFN, Beside, Cache, Mixer, MixerConfig, ValuesConfig
 from models.state import Entry, Layout, OwnTokens, Result, Side, State, Views
 
@@ -41,6 +41,10 @@ class ByRank:
         for index in range(self.count):
             with as_rank(self.branch, self.part(index), self.held, self.called):
                 yield index
+
+    def elements(self, whole: Tensor, spec: ParamSpec) -> int:
+        """Of the parts that all ranks have of a parameter: what is not split counts once for every rank's stream."""
+        return sum(cut(whole, spec, Part(index, self.ranks)).numel() for index in range(self.ranks))
 
     def views(self, views: Views, index: int) -> Views:
         return views.map(lambda view_BTRD: view_BTRD[..., index, :])

@@ -1,11 +1,14 @@
 """What a model costs: parameters, those that a token uses, and FLOPs.
 
-A product of a token with a matrix of P elements takes 2 P FLOPs; what cores do along the sequence they count
-themselves; norms, gates and softmaxes are left out. Backward takes twice forward. This is the count that MFU goes by
+A product of a token with a matrix of P elements takes 2 P FLOPs, once at every place that has the matrix. The rest
+plug-ins count themselves: cores what they do along the sequence; connections, shortcuts, values and depth their
+weighted sums over streams, earlier outputs or values, and further uses of a matrix, as for every stream. Norms, gates,
+softmaxes, scalings and plain additions are left out. Backward takes twice forward. This is the count that MFU goes by
 (Chowdhery et al., arXiv 2204.02311, appendix B).
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -17,8 +20,8 @@ from models.params import ParamSpec, Parts, named_specs
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """parameters: all of them, shared ones once. active: those that a token's forward pass multiplies with, as often as
-    it does. flops_per_token: of training, forward and backward."""
+    """parameters: all of them, shared ones once. active: the elements of the matrices that a token is multiplied with,
+    at every place that has them. flops_per_token: of training, forward and backward."""
 
     parameters: int
     active: float
@@ -29,25 +32,40 @@ def cost(config: LMConfig, sequence: int) -> Cost:
     """Of a model trained on sequences of that many tokens; nothing is allocated."""
     with torch.device("meta"):
         model = LM(config)
-    assert model.head is not None and model.embed is not None
+    assert model.head is not None and model.opener is not None and model.closer is not None
     active = float(model.head.weight.numel())
-    core = 0.0
+    beside = model.closer.flops_per_token(config.d_model)
     for layer, own in zip(model.blocks, config.expanded, strict=True):
         in_core = set(layer.mixer.branch.mixer.core_weights().values())
         share = own.ffn.active_share()
-        for _, module, attribute, spec in named_specs(layer):
-            parameter = getattr(module, attribute)
-            if parameter.dim() > 1 and parameter not in in_core and spec.role != "embedding":
-                active += parameter.numel() * (share if of_experts(spec) else 1.0)
-        active -= own.mixer.idle(config.d_model)
-        core += own.mixer.flops_per_token(config.d_model, sequence)
-    active += matrices(model.opener) + matrices(model.closer)
+        active += elements(layer.depth) - own.mixer.idle(config.d_model)
+        beside += layer.depth.flops_per_token(config.d_model)
+        beside += own.mixer.flops_per_token(config.d_model, sequence)
+        beside += layer.mixer.branch.values.flops_per_token(own.mixer.value_shape(config.d_model))
+        for sublayer in (layer.mixer, layer.ffn):
+            for parameter, spec in matrices(sublayer.branch):
+                if parameter not in in_core:
+                    used = parameter.numel() if sublayer.by_rank is None else sublayer.by_rank.elements(parameter, spec)
+                    active += used * (share if of_experts(spec) else 1.0)
+            # Part by part: what two of them have in common is used by both.
+            active += sum(map(elements, (sublayer.connection, sublayer.placement, sublayer.scaling, sublayer.beside)))
+            beside += sublayer.connection.flops_per_token(config.d_model)
+            beside += sublayer.beside.flops_per_token(config.d_model)
+    active += elements(model.opener) + elements(model.closer)
     total = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(total, active, 3 * (2 * active + core))
+    return Cost(total, active, 3 * (2 * active + beside))
 
 
-def matrices(module: nn.Module | None) -> float:
-    return 0.0 if module is None else float(sum(p.numel() for p in module.parameters() if p.dim() > 1))
+def matrices(module: nn.Module) -> Iterator[tuple[nn.Parameter, ParamSpec]]:
+    """Those that a token is multiplied with: neither tables nor what is only added or scales."""
+    for _, owner, attribute, spec in named_specs(module):
+        parameter = getattr(owner, attribute)
+        if parameter.dim() > 1 and spec.role not in ("embedding", "vector"):
+            yield parameter, spec
+
+
+def elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter, _ in matrices(module))
 
 
 def of_experts(spec: ParamSpec) -> bool:

@@ -127,6 +127,10 @@ class Values(nn.Module):
         """What `merge` gets. v_BTJV: the values that `forward` gave, J dividing H."""
         return out_BTHV
 
+    def flops_per_token(self, value_shape: tuple[int, int]) -> float:
+        """As of a connection: 2 for each element of each layer's values in a sum. value_shape: (J, V), unsplit."""
+        return 0.0
+
 
 class Connection(nn.Module):
     """One sublayer's tie to the state. `reads` and `writes` name the entries it owns; it passes on all others.
@@ -155,6 +159,12 @@ class Connection(nn.Module):
     def add(self, state: State, x_BTD: Tensor) -> State:
         """The state with x added to the whole stream, and so to what `peek` shows."""
         return {**state, "x": state["x"] + x_BTD}
+
+    def flops_per_token(self, d_model: int) -> float:
+        """Forward FLOPs beside those of its matrices, which are counted once per token: of weighted sums over streams
+        or earlier outputs, 2 for each element of each summand, and of using a matrix again, for every stream. Norms,
+        activations, scalings and plain additions count as nothing."""
+        return 0.0
 
 
 class Placement(nn.Module):

@@ -52,6 +52,10 @@ class DepthControl(nn.Module):
         """How much a token may be seen as a key, of a kind that gates keys."""
         return gate_BT
 
+    def flops_per_token(self, d_model: int) -> float:
+        """As of a connection."""
+        return 0.0
+
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
         """Once per optimiser step, with the step's statistics summed over all ranks and micro-batches."""
 

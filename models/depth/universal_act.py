@@ -85,6 +85,10 @@ class Step(DepthControl):
             self.reads = (SPENT.name, WEIGHT.name, OUTPUT) if step > 1 else (SPENT.name, WEIGHT.name)
         self.writes = (WEIGHT, Entry(OUTPUT, (d_model,))) if step else (WEIGHT,)
 
+    def flops_per_token(self, d_model: int) -> float:
+        """The output of the step before joins the weighted sum."""
+        return 2 * d_model if self.step else 0
+
     def spend(self, coming_BTD: Tensor, spent_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(p_t, which tokens stop now unless they have before). coming: the stream that the step starts from."""
         raise NotImplementedError
@@ -155,3 +159,6 @@ class WeightedCloser(Closer):
 
     def forward(self, state: State) -> Tensor:
         return weighted(state[WEIGHT.name], self.last(state), state[OUTPUT])
+
+    def flops_per_token(self, d_model: int) -> float:
+        return 2 * d_model + self.last.flops_per_token(d_model)

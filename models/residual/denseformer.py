@@ -65,6 +65,9 @@ class DepthAverage(nn.Module):
         sources = [state[name] for name in self.reads]
         return weighted_sum(sources, list(self.weight)) if self.averages else sources[0]
 
+    def flops_per_token(self, d_model: int) -> float:
+        return 2 * len(self.reads) * d_model if self.averages else 0
+
 
 class DepthAverageStart(Connection):
     """A mixer's connection: it reads the average, to which the layer adds."""
@@ -89,6 +92,9 @@ class DepthAverageStart(Connection):
     def add(self, state: State, x_BTD: Tensor) -> State:
         return {**state, self.reads[-1]: state[self.reads[-1]] + x_BTD}
 
+    def flops_per_token(self, d_model: int) -> float:
+        return self.average.flops_per_token(d_model)
+
 
 class DepthAverageCloser(Closer):
     """The last average goes to the final norm."""
@@ -100,3 +106,6 @@ class DepthAverageCloser(Closer):
 
     def forward(self, state: State) -> Tensor:
         return self.average(state)
+
+    def flops_per_token(self, d_model: int) -> float:
+        return self.average.flops_per_token(d_model)

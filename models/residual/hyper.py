@@ -67,6 +67,12 @@ class HyperConnections(StaticHyperConnections, kind="hyper"):
         return DynamicHyper(self, ctx.d_model, sublayer_index(ctx, branch))
 
 
+def stream_sums(streams: int, d_model: int) -> float:
+    """FLOPs per token of a branch's input from n streams (2 n D), of their mix (2 n^2 D) and of what the branch adds to
+    each of them (2 n D)."""
+    return 2 * streams * (streams + 2) * d_model
+
+
 def sublayer_index(ctx: LayerContext, branch: Literal["mixer", "ffn"]) -> int:
     return 2 * ctx.index + (branch == "ffn")
 
@@ -92,6 +98,7 @@ class StaticHyper(Connection):
 
     def __init__(self, d_model: int, streams: int, index: int) -> None:
         super().__init__()
+        self.streams = streams
         self.writes = (Entry("streams", (streams, d_model)),)
         # Without decay: it would shrink the identity path itself, which has been seen to end in NaN.
         declare(self, "static_alpha", (streams, 1 + streams), StaticAlpha(index % streams), decay=False)
@@ -120,6 +127,9 @@ class StaticHyper(Connection):
     def add(self, state: State, x_BTD: Tensor) -> State:
         return {**state, "streams": state["streams"] + x_BTD[..., None, :]}
 
+    def flops_per_token(self, d_model: int) -> float:
+        return stream_sums(self.streams, d_model)
+
 
 class DynamicHyper(StaticHyper):
     """A = act(norm(S) W_A) s_A + A_static, b = act(norm(S) W_b) s_b + b_static: row j sees stream j alone."""
@@ -144,6 +154,10 @@ class DynamicHyper(StaticHyper):
         alpha = torch.addcmul(self.static_alpha, dynamic[..., :-1], self.alpha_scale)
         beta = torch.addcmul(self.static_beta, dynamic[..., -1], self.beta_scale)
         return alpha.to(streams_BTND.dtype), beta.to(streams_BTND.dtype)
+
+    def flops_per_token(self, d_model: int) -> float:
+        columns = self.dynamic_alpha.numel() + self.dynamic_beta.numel()
+        return super().flops_per_token(d_model) + 2 * (self.streams - 1) * columns
 
 
 class StreamOpener(Opener):

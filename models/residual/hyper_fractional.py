@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.context import LayerContext
 from models.limits import at_least
 from models.params import Constant, declare, upcast
-from models.residual.hyper import HyperConnections, sublayer_index
+from models.residual.hyper import HyperConnections, stream_sums, sublayer_index
 from models.residual.stream_norm import stream_norm
 from models.slots import Connection
 from models.state import Entry, State, Views
@@ -117,3 +117,9 @@ class FractionalHyper(Connection):
 
     def add(self, state: State, x_BTD: Tensor) -> State:
         return {**state, "streams": state["streams"] + x_BTD[..., None, :]}
+
+    def flops_per_token(self, d_model: int) -> float:
+        """Every sum of hyper is one over the fractions too."""
+        columns = self.dynamic_alpha.numel() + self.dynamic_beta.numel()
+        again = 2 * (self.fractions * self.streams - 1) * columns
+        return self.fractions * stream_sums(self.streams, d_model) + again

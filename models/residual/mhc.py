@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.context import LayerContext
 from models.limits import above_zero, at_least
 from models.params import Constant, declare, upcast
-from models.residual.hyper import StreamCloser, StreamOpener, sublayer_index
+from models.residual.hyper import StreamCloser, StreamOpener, stream_sums, sublayer_index
 from models.residual.sinkhorn import sinkhorn
 from models.residual.stream_norm import OffsetRMSNorm
 from models.slots import Closer, Connection, Opener, ResidualConfig
@@ -151,6 +151,9 @@ class ManifoldHyper(Connection):
 
     def add(self, state: State, x_BTD: Tensor) -> State:
         return {**state, "streams": state["streams"] + x_BTD[..., None, :]}
+
+    def flops_per_token(self, d_model: int) -> float:
+        return stream_sums(self.streams, d_model)
 
 
 class SinkhornHyper(ManifoldHyper):

@@ -80,3 +80,8 @@ class LiteHyper(ManifoldHyper):
         weights_BTP = alpha[..., n:].softmax(-1)
         matrices_PNM = torch.eye(n, dtype=alpha.dtype, device=alpha.device)[permutations(n, alpha.device)]
         return alpha[..., :n].sigmoid(), (weights_BTP @ matrices_PNM.flatten(1)).unflatten(-1, (n, n)), self.post(beta)
+
+    def flops_per_token(self, d_model: int) -> float:
+        """With the average of the permutations."""
+        average = 2 * math.factorial(self.streams) * self.streams**2
+        return super().flops_per_token(d_model) + average

@@ -35,3 +35,7 @@ class PerStreamHyper(SinkhornHyper):
     def logits(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor]:
         alpha, beta = self.dynamic(streams_BTND)
         return alpha, beta.squeeze(-1)
+
+    def flops_per_token(self, d_model: int) -> float:
+        columns = self.dynamic_alpha.numel() + self.dynamic_beta.numel()
+        return super().flops_per_token(d_model) + 2 * (self.streams - 1) * columns

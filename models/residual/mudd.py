@@ -81,7 +81,7 @@ class DepthAggregate(nn.Module):
         self, d_model: int, ways: int, sources: int, hidden: int, eps: float, static_init: Init | None = None
     ) -> None:
         super().__init__()
-        self.ways, self.eps = ways, eps
+        self.ways, self.sources, self.eps = ways, sources, eps
         self.down = Linear(d_model, hidden, init=FanIn(d_model), role="gate")
         self.up = Linear(hidden, ways * sources, init=Constant(0.0), role="gate", wide=False)
         declare(self, "static", (ways, sources), static_init or Newest(), decay=False)
@@ -101,6 +101,9 @@ class DepthAggregate(nn.Module):
     def mix(self, sources: list[Tensor], w_BTCJ: Tensor) -> list[Tensor]:
         return [weighted_sum(sources, list(w_BTJ.unsqueeze(-2).unbind(-1))) for w_BTJ in w_BTCJ.unbind(-2)]
 
+    def flops_per_token(self, d_model: int) -> float:
+        return 2 * self.ways * self.sources * d_model
+
 
 class MixedStart(Connection):
     """A mixer's connection: four ways, for the queries, the keys, the values, and what the layer is added to."""
@@ -118,6 +121,9 @@ class MixedStart(Connection):
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         return {**state, "x": kept["residual"] + out_BTD}
+
+    def flops_per_token(self, d_model: int) -> float:
+        return self.aggregate.flops_per_token(d_model)
 
     def peek(self, state: State) -> Tensor:
         """The newest output."""
@@ -159,6 +165,9 @@ class MixedCloser(Closer):
 
     def forward(self, state: State) -> Tensor:
         return self.aggregate([state[name] for name in self.reads])[0]
+
+    def flops_per_token(self, d_model: int) -> float:
+        return self.aggregate.flops_per_token(d_model)
 
 
 class NewestCloser(Closer):

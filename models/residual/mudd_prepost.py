@@ -97,6 +97,9 @@ class NormedStart(Connection):
         first = {} if self.source_norm is None else {past(0): self.source_norm(state["x"])}
         return {**state, **first, "x": kept["residual"] + out_BTD}
 
+    def flops_per_token(self, d_model: int) -> float:
+        return 0.0 if self.aggregate is None else self.aggregate.flops_per_token(d_model)
+
 
 class NormedEnd(Connection):
     """An FFN's connection: plain, and its sum is one more source behind its norm."""
@@ -127,3 +130,6 @@ class NormedCloser(Closer):
 
     def forward(self, state: State) -> Tensor:
         return self.aggregate(state["x"], [state[name] for name in self.sources])[0]
+
+    def flops_per_token(self, d_model: int) -> float:
+        return self.aggregate.flops_per_token(d_model)

@@ -122,3 +122,6 @@ class Previous(Beside):
             out_BTD, added_BTD = alpha * out_BTD, None if added_BTD is None else beta * added_BTD
         out_BTD = out_BTD if added_BTD is None else out_BTD + added_BTD
         return out_BTD, {stream(self.index): x_BTD} if self.writes else {}
+
+    def flops_per_token(self, d_model: int) -> float:
+        return 2 * len(self.reads) * d_model

@@ -7,13 +7,14 @@ Shape suffixes: B batch, T sequence, H heads, J value heads, V value width.
 """
 
 import dataclasses
+import math
 
 from torch import Tensor
 
 from models.context import LayerContext
 from models.slots import Cache, Values, ValuesConfig
 from models.state import Side, State, Valued, Views
-from models.values.resformer import FIRST, FirstValue
+from models.values.resformer import FIRST, FirstValue, mix_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Restored(Values):
         lost_BTHV = lost_BTJV.repeat_interleave(out_BTHV.shape[2] // lost_BTJV.shape[2], 2)
         return out_BTHV + self.strength * lost_BTHV
 
+    def flops_per_token(self, value_shape: tuple[int, int]) -> float:
+        """One weight for the difference, which is a plain one."""
+        return 2 * math.prod(value_shape)
+
 
 class RestoredMix(Restored):
     def __init__(self, lambda1: float, lambda2: float, strength: float) -> None:
@@ -64,3 +69,6 @@ class RestoredMix(Restored):
 
     def forward(self, v_BTHV: Tensor, views: Views, inputs: State, side: Side, cache: Cache | None) -> Valued:
         return Valued(self.lambda1 * inputs[FIRST] + self.lambda2 * v_BTHV)
+
+    def flops_per_token(self, value_shape: tuple[int, int]) -> float:
+        return super().flops_per_token(value_shape) + mix_flops(value_shape)

@@ -7,6 +7,7 @@ Shape suffixes: B batch, T sequence, H value heads, V value width.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -40,6 +41,11 @@ class LearnableResFormerValues(ResFormerValues, kind="resformer_learnable"):
         return FirstValue(value_shape) if ctx.index == 0 else LearnedMix(self.lambda1, self.lambda2)
 
 
+def mix_flops(value_shape: tuple[int, int]) -> float:
+    """Per token, of the weighted sum of the first layer's values and a layer's own."""
+    return 2 * 2 * math.prod(value_shape)
+
+
 class FirstValue(Values):
     """The first layer: passes its values on and uses them as they are."""
 
@@ -61,6 +67,9 @@ class ConstantMix(Values):
     def forward(self, v_BTHV: Tensor, views: Views, inputs: State, side: Side, cache: Cache | None) -> Valued:
         return Valued(self.lambda1 * inputs[FIRST] + self.lambda2 * v_BTHV)
 
+    def flops_per_token(self, value_shape: tuple[int, int]) -> float:
+        return mix_flops(value_shape)
+
 
 class LearnedMix(Values):
     reads = (FIRST,)
@@ -74,3 +83,6 @@ class LearnedMix(Values):
 
     def forward(self, v_BTHV: Tensor, views: Views, inputs: State, side: Side, cache: Cache | None) -> Valued:
         return Valued(self.lambda1 * inputs[FIRST] + self.lambda2 * v_BTHV)
+
+    def flops_per_token(self, value_shape: tuple[int, int]) -> float:
+        return mix_flops(value_shape)

@@ -14,7 +14,7 @@ from models.context import LayerContext
 from models.params import Constant, declare
 from models.slots import Cache, Values, ValuesConfig
 from models.state import Side, State, Valued, Views
-from models.values.resformer import FIRST, FirstValue
+from models.values.resformer import FIRST, FirstValue, mix_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +64,6 @@ class SharedMix(Values):
     def forward(self, v_BTHV: Tensor, views: Views, inputs: State, side: Side, cache: Cache | None) -> Valued:
         lambda1 = cast(Tensor, self.shares(self.index))
         return Valued(lambda1 * inputs[FIRST] + self.lambda2 * v_BTHV)
+
+    def flops_per_token(self, value_shape: tuple[int, int]) -> float:
+        return mix_flops(value_shape)
