@@ -9,9 +9,9 @@ from configs.validate import parse
 from trainer import checkpoint
 from trainer.checkpoint import FOLDER, Checkpoint
 from trainer.config import RunConfig
-from trainer.preflight import load_model, load_optim, load_run
+from trainer.preflight import load_memory, load_model, load_optim, load_run
 
-__all__ = ["checkpoints", "load_model", "load_optim", "load_run", "newest_checkpoint", "run_folder"]
+__all__ = ["checkpoints", "load_memory", "load_model", "load_optim", "load_run", "newest_checkpoint", "run_folder"]
 
 
 def run_folder(path: str) -> Path:

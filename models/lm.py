@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import LMConfig
-from models.layer import Layer
+from models.layer import Extras, Layer
 from models.loss import Vocabulary, count_targets
 from models.noise import of_layer
 from models.params import named_specs
@@ -45,6 +45,19 @@ def whole(side: Side) -> Side:
     return side
 
 
+def run_layers(
+    layers: list[Layer], entries: State, side: Side, local: Side, cache: dict[str, Cache] | None
+) -> tuple[State, list[Extras]]:
+    """One after another."""
+    made = []
+    for layer in layers:
+        # The layer's own keys are made here: a compiler would take an index within it as a reason for new code.
+        sides = of_layer(side, layer.index), of_layer(local, layer.index)
+        entries, extras = layer(entries, *sides, None if cache is None else cache.get(str(layer.index), {}))
+        made.append(extras)
+    return entries, made
+
+
 class LM(nn.Module):
     """Build with parameters on the meta device (`with torch.device("meta")`), then initialise; see `models.params`."""
 
@@ -64,6 +77,7 @@ class LM(nn.Module):
         if not config.tie_embeddings:
             self.head = Vocabulary(config.vocab_size, d_model, "head")
         self.shard: Callable[[Side], Side] = whole
+        self.run_layers = run_layers
         self.embedding_gain, self.logits_gain = config.scaling.embedding_gain(), config.scaling.logits_gain(d_model)
         for name, module, attribute, spec in named_specs(self):
             scaled = config.scaling.declared(spec, name.startswith("layers."), d_model, depth)
@@ -150,11 +164,9 @@ class LM(nn.Module):
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
         caches: dict[str, Cache] | None = None if cache is None else {}
-        for layer in self.blocks:
+        entries, made = self.run_layers(self.blocks, entries, side, local, cache)
+        for layer, extras in zip(self.blocks, made, strict=True):
             name = str(layer.index)
-            # The layer's own keys are made here: a compiler would take an index within it as a reason for new code.
-            sides = of_layer(side, layer.index), of_layer(local, layer.index)
-            entries, extras = layer(entries, *sides, None if cache is None else cache.get(name, {}))
             for key, loss in extras.losses.items():
                 total = loss.reshape(1) if total is None else total + loss.reshape(1)
                 losses[key] = losses.get(key, 0) + loss.detach()

@@ -152,6 +152,15 @@ class Connection(nn.Module):
         """The state with the branch's output joined in; never modifies a tensor in place."""
         raise NotImplementedError
 
+    def unwritten(self, after: State) -> State:
+        """Of a residual whose steps can be undone: its entries in front of the step that this connection ends, as far
+        as those behind it tell, with zeros for what the step only adds to."""
+        raise NotImplementedError
+
+    def undo(self, after: State, redone: State) -> State:
+        """Its entries in front of the step. redone: what the step makes of `unwritten(after)`."""
+        raise NotImplementedError
+
     def peek(self, state: State) -> Tensor:
         """One [B, T, D] view of the stream, for gates."""
         return state["x"]
@@ -239,11 +248,13 @@ class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
 
     takes_shortcut: there is one identity path, which the shortcut's module can act on. starts_plain: with its initial
     parameters it computes what plain does, but for the scale that the last norm reads. one_norm: one for both branches.
+    steps: the branches of a layer that can be undone together, in order; none of a residual that cannot be undone.
     """
 
     takes_shortcut: ClassVar[bool] = True
     starts_plain: ClassVar[bool] = False
     one_norm: ClassVar[bool] = False
+    steps: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         raise NotImplementedError

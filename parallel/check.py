@@ -20,12 +20,14 @@ from torch.distributed.tensor import DTensor
 from configs.structure import instantiate, to_plain
 from models.config import LMConfig
 from models.loss import IGNORE
+from models.memory.base import MemoryConfig
+from models.memory.none import NoneConfig
 from parallel import pipeline
 from parallel.compiled import refuse_schedule
 from parallel.engine import Batch, Engine
 from parallel.gradients import Held
 from parallel.mesh import Mesh, MeshConfig
-from parallel.preflight import refuse
+from parallel.preflight import refuse, refuse_memory
 from parallel.tensor import check_replicas
 from parallel.testing import Pool
 
@@ -48,8 +50,8 @@ def adamw_step(engine: Engine) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The batch of a check. sequences: per data rank and micro-batch. update: the optimiser's step. compile: the
-    mesh's side, while one process stays eager."""
+    """The batch of a check. sequences: per data rank and micro-batch. update: the optimiser's step. compile, memory:
+    the mesh's side, while one process stays eager and keeps all activations."""
 
     seed: int = 0
     length: int = 19
@@ -59,6 +61,7 @@ class Settings:
     dtype: torch.dtype = torch.float64
     update: Callable[[Engine], None] = adamw_step
     compile: bool = False
+    memory: MemoryConfig = dataclasses.field(default_factory=NoneConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +218,9 @@ def run_rank(
     mesh = Mesh(mesh_config)
     count = micro_batches(mesh_config, settings)
     batch = share(make_batch(config, mesh_config, settings), count, mesh.data_rank, mesh.data_size)
-    engine = Engine(config, mesh, seed=settings.seed, dtype=settings.dtype, compile=settings.compile)
+    engine = Engine(
+        config, mesh, seed=settings.seed, dtype=settings.dtype, compile=settings.compile, memory=settings.memory
+    )
     step = take_step(engine, batch, count, reference.state, settings)
     floor = 1e-5 * max(float(g.abs().max()) for g in reference.gradients.values() if g.numel())
     return {
@@ -247,6 +252,7 @@ def refuse_combination(config: LMConfig, mesh: MeshConfig, settings: Settings) -
         )
     config.residual.check_dtype(settings.dtype)
     refuse(config, mesh)
+    refuse_memory(config, mesh, settings.memory, settings.compile)
     if settings.compile:
         refuse_schedule(mesh)
     if mesh.pp > 1:

@@ -27,7 +27,7 @@ def compile_layers(model: LM) -> None:
     # torch looks at the gradient of what enters a layer while it compiles it, and warns of that itself.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for layer in model.blocks:
-        layer.forward = torch.compile(layer.forward, dynamic=False)
+        layer.run = torch.compile(layer.run, dynamic=False)
 
 
 def refuse_schedule(mesh: MeshConfig) -> None:

@@ -54,6 +54,11 @@ def parallelize(root: nn.Module, model: LM, mesh: Mesh, dtype: torch.dtype) -> N
             module.set_force_sum_reduction_for_comms(True)
 
 
+def holds_units(module: nn.Module) -> bool:
+    """Whether parts of it are FSDP units of their own."""
+    return any(isinstance(part, FSDPModule) for part in module.modules() if part is not module)
+
+
 def shared(model: LM) -> list[nn.Module]:
     """The outermost modules that several layers hold: two units cannot hold the same parameters."""
     holders: dict[nn.Module, int] = {}

@@ -18,12 +18,14 @@ from models.buffers import reset_buffers
 from models.config import LMConfig
 from models.lm import LM
 from models.loss import IGNORE
+from models.memory.base import MemoryConfig
+from models.memory.none import NoneConfig
 from parallel import context, data, expert, gradients, pipeline, tensor
 from parallel.compiled import compile_layers, refuse_schedule
 from parallel.gradients import Held
 from parallel.mesh import Mesh, Ranks
 from parallel.precision import ComputeCopies, master
-from parallel.preflight import refuse
+from parallel.preflight import refuse, refuse_memory
 from parallel.shards import cut_parameters, fill, shards, whole, write
 
 
@@ -77,16 +79,25 @@ def pad(batch: Batch, multiple: int) -> Batch:
 
 class Engine:
     """dtype: of the computation; weights and gradients are kept in float32, or in float64 if it is that.
-    compile: the layers, with torch.compile.
+    compile: the layers, with torch.compile. memory: what of their forward pass is kept, all by default.
 
     Raises ValueError, before anything is allocated, for a model that the mesh cannot hold.
     """
 
     def __init__(
-        self, config: LMConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch.float32, compile: bool = False
+        self,
+        config: LMConfig,
+        mesh: Mesh,
+        *,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        memory: MemoryConfig | None = None,
     ) -> None:
         self.config, self.mesh, self.dtype = config, mesh, dtype
+        memory = memory or NoneConfig()
         refuse(config, mesh.config)
+        refuse_memory(config, mesh.config, memory, compile)
         if compile:
             refuse_schedule(mesh.config)
         with torch.device("meta"):
@@ -104,6 +115,9 @@ class Engine:
             model.to_empty(device=mesh.device)
             fill(model, mesh, seed)
             reset_buffers(model)
+            memory.apply(model)
+            for layer in model.blocks:
+                layer.keeper.apart = data.holds_units(layer)
             if compile:
                 compile_layers(model)
         self.copies = [ComputeCopies(model, dtype, mesh.config.splits_backward) for model in self.models]

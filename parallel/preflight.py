@@ -11,6 +11,7 @@ from torch import nn
 from configs.structure import instantiate
 from models.config import LMConfig
 from models.lm import LM
+from models.memory.base import MemoryConfig
 from models.params import Axis, Parts, named_specs
 from models.pieces import TENSOR_AXES, fits
 from models.slots import FFNConfig
@@ -37,6 +38,22 @@ def refuse(config: LMConfig, mesh: MeshConfig) -> None:
     refuse_heads(model, mesh)
     if mesh.pp > 1:
         pipeline.refuse(mesh, len(config.expanded), micro_batches=2 * mesh.pp)
+
+
+def refuse_memory(config: LMConfig, mesh: MeshConfig, memory: MemoryConfig, compile: bool) -> None:
+    """Raise ValueError where the model cannot be trained with so little kept of its forward pass."""
+    with torch.device("meta"):
+        memory.refuse(LM(config))
+    if compile and not memory.compiles:
+        raise ValueError(
+            f"memory {memory.kind} runs a layer again as it ran, and a compiled one may round otherwise when its "
+            "gradients are asked for; leave compile out"
+        )
+    if mesh.splits_backward and not memory.splits_backward:
+        raise ValueError(
+            f"schedule {mesh.schedule} takes gradients of inputs and of weights in passes of their own, and memory "
+            f"{memory.kind} has one; use schedule 1f1b or interleaved"
+        )
 
 
 def refuse_ranks(model: LM, mesh: MeshConfig) -> None:

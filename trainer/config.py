@@ -7,6 +7,7 @@ from typing import Literal
 
 from models.config import LMConfig, default
 from models.limits import above_zero, at_least, check_size
+from models.memory.base import MemoryConfig
 from models.rules import reasons
 from parallel.mesh import MeshConfig
 from trainer.data.blend import shares
@@ -150,6 +151,7 @@ class RunConfig:
     optim: OptimConfig
     schedule: ScheduleConfig = default(ScheduleConfig, "cosine")
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    memory: MemoryConfig = default(MemoryConfig, "none")
 
     def __post_init__(self) -> None:
         train, length = self.train, self.data.sequence_length

@@ -13,10 +13,11 @@ from models.config import LMConfig
 from models.hf.folder import is_exported
 from models.layer import Layer
 from models.lm import LM
+from models.memory.base import MemoryConfig
 from parallel import pipeline
 from parallel.compiled import refuse_compile, refuse_schedule
 from parallel.mesh import MeshConfig
-from parallel.preflight import refuse
+from parallel.preflight import refuse, refuse_memory
 from trainer import checkpoint
 from trainer.checkpoint import FOLDER
 from trainer.config import RunConfig
@@ -50,6 +51,10 @@ def load_run(file: str, overrides: Iterable[str] = ()) -> RunConfig:
             refuse_schedule(config.mesh)
     except ValueError as error:
         raise at("mesh", str(error)) from error
+    try:
+        refuse_memory(config.model, config.mesh, config.memory, config.train.compile)
+    except ValueError as error:
+        raise at("memory", str(error)) from error
     refuse_patterns(config.model, config.optim.patterns())
     return config
 
@@ -76,6 +81,11 @@ def load_optim(file: str, overrides: Iterable[str], model: LMConfig) -> OptimCon
     config: OptimConfig = parse(OptimConfig, data["optim"], "optim")
     refuse_patterns(model, config.patterns())
     return config
+
+
+def load_memory(file: str, overrides: Iterable[str]) -> MemoryConfig:
+    """What a config keeps of the forward pass. Raises ConfigError."""
+    return parse(MemoryConfig, load(file, overrides).get("memory", {"kind": "none"}), "memory")
 
 
 def refuse_model(config: LMConfig) -> None:

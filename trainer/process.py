@@ -99,4 +99,11 @@ def build_engine(config: RunConfig, mesh: Mesh, compile: bool = False) -> Engine
 
     Raises ValueError for a mesh that cannot hold the model.
     """
-    return Engine(config.model, mesh, seed=config.run.seed, dtype=getattr(torch, config.train.dtype), compile=compile)
+    return Engine(
+        config.model,
+        mesh,
+        seed=config.run.seed,
+        dtype=getattr(torch, config.train.dtype),
+        compile=compile,
+        memory=config.memory,
+    )

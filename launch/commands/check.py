@@ -50,7 +50,7 @@ def asked(args: argparse.Namespace) -> "tuple[LMConfig, MeshConfig, Settings]":
     """What is to be compared. Raises ValueError for what is refused, before anything runs."""
     import torch
 
-    from launch.runs import load_model, load_optim
+    from launch.runs import load_memory, load_model, load_optim
     from parallel.check import Settings, refuse_combination
     from parallel.compiled import refuse_compile
     from parallel.mesh import MeshConfig
@@ -62,7 +62,12 @@ def asked(args: argparse.Namespace) -> "tuple[LMConfig, MeshConfig, Settings]":
     if args.length < 1:
         raise ValueError(f"--length is {args.length}; it must be at least 1")
     config = load_model(args.config, args.overrides)
-    settings = Settings(length=args.length, dtype=getattr(torch, args.dtype), compile=args.compile)
+    settings = Settings(
+        length=args.length,
+        dtype=getattr(torch, args.dtype),
+        compile=args.compile,
+        memory=load_memory(args.config, args.overrides),
+    )
     if args.compile:
         refuse_compile("cpu")
     if (optim := load_optim(args.config, args.overrides, config)) is not None:

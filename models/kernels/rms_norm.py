@@ -13,9 +13,12 @@ from models.kernels.blocks import row_blocks
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`x * weight / sqrt(mean(x^2) + eps)` over the last dimension, computed in at least float32, in the type of x."""
+    """`x * weight / sqrt(mean(x^2) + eps)` over the last dimension, computed in at least float32.
+
+    Returns the type of the weight, which is that of the computation: a float32 stream goes into a bfloat16 branch.
+    """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.rms_norm(x, x.shape[-1:], weight_D, eps)
+        return F.rms_norm(x, x.shape[-1:], weight_D.to(x.dtype), eps).to(weight_D.dtype)
     return _RMSNorm.apply(x, weight_D, eps)
 
 
@@ -24,7 +27,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         x_ND, w_D = x.reshape(-1, x.shape[-1]), weight_D.to(wide)
-        out_ND = torch.empty_like(x_ND)
+        out_ND = torch.empty_like(x_ND, dtype=weight_D.dtype)
         scale_N1 = x_ND.new_empty(x_ND.shape[0], 1, dtype=wide)
         for block in row_blocks(x_ND):
             # A copy where the types agree, since what follows is in place.

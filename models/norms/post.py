@@ -7,6 +7,7 @@ from torch import Tensor
 from models.limits import above_zero
 from models.params import RMSNorm
 from models.slots import NormConfig, Placement
+from models.state import Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Post(Placement):
     def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
         self.norm = RMSNorm(d_model, eps)
+
+    def before(self, views: Views) -> Views:
+        # A stream may be wider than the computation, of whose type a norm in front would make it.
+        return views.map(lambda x: x.to(self.norm.weight.dtype))
 
     def after(self, out_BTD: Tensor) -> Tensor:
         return self.norm(out_BTD)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import above_zero
-from models.residual.fixed_point import TwiceOnGrid, check_bits, on_grid
+from models.residual.fixed_point import TwiceOnGrid, check_bits, on_grid, stream_type
 from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
 
@@ -29,6 +29,7 @@ class MidpointResidual(ResidualConfig, kind="midpoint"):
     grid_bits: int | None = None
 
     takes_shortcut = False
+    steps = (("mixer", "ffn"),)
 
     def __post_init__(self) -> None:
         above_zero(self, "step", hint=", and 0.25 is usual")
@@ -79,7 +80,7 @@ class MidpointEnd(Connection):
     def __init__(self, d_model: int, factor: float, grid_bits: int | None) -> None:
         super().__init__()
         self.factor, self.grid_bits = factor, grid_bits
-        self.writes = (Entry("x", (d_model,)), Entry("previous", (d_model,)))
+        self.writes = tuple(Entry(name, (d_model,), dtype=stream_type(grid_bits)) for name in ("x", "previous"))
 
     def read(self, state: State) -> tuple[Views, State]:
         return Views.same(state["x"] + state["delta"]), {}
@@ -92,10 +93,11 @@ class MidpointEnd(Connection):
         x_BTD = state["previous"] + self.added(state["delta"], out_BTD)
         return {**others, "x": x_BTD, "previous": state["x"]}
 
-    def undo(self, state: State, delta_BTD: Tensor, out_BTD: Tensor) -> State:
-        """The state before the layer, from the one after it: its `previous` is what the layer read, so that both
-        branches can be run again for their outputs."""
-        return {**state, "x": state["previous"], "previous": state["x"] - self.added(delta_BTD, out_BTD)}
+    def unwritten(self, after: State) -> State:
+        return {"x": after["previous"], "previous": torch.zeros_like(after["x"])}
+
+    def undo(self, after: State, redone: State) -> State:
+        return {"x": after["previous"], "previous": after["x"] - redone["x"]}
 
 
 class MidpointCloser(Closer):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.residual.fixed_point import TwiceOnGrid, check_bits, on_grid
+from models.residual.fixed_point import TwiceOnGrid, check_bits, on_grid, stream_type
 from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
 
@@ -21,13 +21,14 @@ class ReversibleResidual(ResidualConfig, kind="reversible"):
     RevViT, arXiv 2302.04869). The final norm reads (x1 + x2) / 2.
 
     grid_bits: the embedding and all branch outputs are rounded to multiples of 2^-grid_bits, with the gradient of the
-    identity. The streams are then sums without rounding errors, and subtracting restores them bit for bit while they
-    stay below 2^(24 - grid_bits) in float32: 14 leaves 1024. null: no rounding.
+    identity. The streams, at least float32 beside bfloat16 branches, are then sums without rounding errors, and
+    subtracting restores them bit for bit while they stay below 2^(24 - grid_bits): 14 leaves 1024. null: no rounding.
     """
 
     grid_bits: int | None = None
 
     takes_shortcut = False
+    steps = (("mixer",), ("ffn",))
 
     def __post_init__(self) -> None:
         if self.grid_bits is not None and not 1 <= self.grid_bits <= 52:
@@ -51,14 +52,14 @@ class ReversibleResidual(ResidualConfig, kind="reversible"):
 
 
 class Reversible(Connection):
-    """target <- target + F(source), which `undo` takes back."""
+    """target <- target + F(source)."""
 
     reads = ("x1", "x2")
 
     def __init__(self, d_model: int, source: str, target: str, grid_bits: int | None) -> None:
         super().__init__()
         self.source, self.target, self.grid_bits = source, target, grid_bits
-        self.writes = (Entry(target, (d_model,)),)
+        self.writes = (Entry(target, (d_model,), dtype=stream_type(grid_bits)),)
 
     def read(self, state: State) -> tuple[Views, State]:
         return Views.same(state[self.source]), {}
@@ -69,9 +70,11 @@ class Reversible(Connection):
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         return {**state, self.target: state[self.target] + self.rounded(out_BTD)}
 
-    def undo(self, state: State, out_BTD: Tensor) -> State:
-        """The state before `write`, whose source is that of the state after it, so that the branch can be run again."""
-        return {**state, self.target: state[self.target] - self.rounded(out_BTD)}
+    def unwritten(self, after: State) -> State:
+        return {self.source: after[self.source], self.target: torch.zeros_like(after[self.target])}
+
+    def undo(self, after: State, redone: State) -> State:
+        return {self.source: after[self.source], self.target: after[self.target] - redone[self.target]}
 
     def peek(self, state: State) -> Tensor:
         """What the model would end with here."""

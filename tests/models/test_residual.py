@@ -100,7 +100,7 @@ def test_state_between_layers_is_what_is_declared_and_never_changed(residual: Re
     held: list[tuple[Tensor, int]] = []
     for layer, boundary in zip([*model.layers.values(), None], model.boundaries, strict=True):
         assert {entry.name: (2, 6, *entry.shape) for entry in boundary} == {k: tuple(x.shape) for k, x in state.items()}
-        assert all(state[entry.name].dtype == (entry.dtype or torch.float64) for entry in boundary)
+        assert all(state[entry.name].dtype == entry.dtype_in(torch.float64) for entry in boundary)
         held += [(x, x._version) for x in state.values()]
         if layer is not None:
             state, _ = layer(state, side, side)

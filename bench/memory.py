@@ -1,0 +1,179 @@
+"""Activation memory and time of a step against depth, for every kind of `memory`: `python -m bench.memory`.
+
+    python -m bench.memory --json                       # a JSON row per depth and kind
+    python -m bench.memory --plot docs/images/memory.svg
+
+One model for all: a reversible residual on its grid, attention and SwiGLU, float32. activation_bytes is the most that
+was alive at once during a step, of what the step itself allocated for tensors: every storage is counted from the
+operator that makes it until it is freed, gradients of parameters left out. kept_bytes is what of it was alive between
+the forward and the backward pass. The kinds take turns within a depth.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from configs.structure import instantiate
+from models.config import LMConfig
+from models.lm import LM
+from models.memory.base import MemoryConfig
+from models.params import initialize
+from trainer.progress import counting
+
+WIDTH, LENGTH, BATCH = 64, 128, 2
+# One more forward pass is a third of a step's FLOPs; what the papers saw.
+PUBLISHED = "published: reversible +33 % FLOPs (one more forward pass), sublinear +30 % (arXiv 1604.06174)"
+
+Row = dict[str, Any]
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that operators made within it and that are still there, and the most there were."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen = {storage(x) for x in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, Tensor) and not x.is_meta and storage(x) not in self._seen:
+                self._add(x.untyped_storage())
+        return made
+
+    def _add(self, found: torch.UntypedStorage) -> None:
+        key, size = found._cdata, found.nbytes()
+        self._seen.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(found, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def model(layers: int) -> LM:
+    letter = {"mixer": {"kind": "attention", "num_heads": 4}, "ffn": {"kind": "swiglu", "hidden": 3 * WIDTH}}
+    data = {"vocab_size": 256, "d_model": WIDTH, "pattern": "A", "repeat": layers, "layers": {"A": letter}}
+    config = instantiate(LMConfig, {**data, "residual": {"kind": "reversible", "grid_bits": 14}})
+    built = LM(config)
+    initialize(built, 0)
+    return built
+
+
+def loss_of(built: LM, tokens_BT: Tensor) -> Tensor:
+    out = built(tokens_BT[:, :-1], tokens_BT[:, 1:])
+    assert out.loss is not None
+    return out.loss
+
+
+def measured(built: LM) -> tuple[int, int]:
+    """(most bytes of a step, bytes between its passes)."""
+    tokens_BT = torch.randint(256, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    for parameter in built.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    own = [x for p in built.parameters() for x in (p, p.grad) if x is not None]
+    with Alive([*own, tokens_BT]) as alive:
+        loss = loss_of(built, tokens_BT)
+        kept = alive.now
+        loss.backward()
+    return alive.most, kept
+
+
+def seconds(built: LM) -> float:
+    """Of a step, without the optimiser."""
+    tokens_BT = torch.randint(256, (BATCH, LENGTH + 1))
+    began = time.perf_counter()
+    loss_of(built, tokens_BT).backward()
+    return time.perf_counter() - began
+
+
+def rows(layers: int, kinds: list[str], rounds: int) -> list[Row]:
+    built, found, times = model(layers), [], {kind: [] for kind in kinds}
+    modes = {kind: instantiate(MemoryConfig, {"kind": kind}) for kind in kinds}
+    for kind, mode in modes.items():
+        mode.apply(built)
+        most, kept = measured(built)
+        found.append({"layers": layers, "memory": kind, "activation_bytes": most, "kept_bytes": kept})
+    for _ in range(rounds):
+        for kind, mode in modes.items():
+            mode.apply(built)
+            seconds(built)
+            times[kind].append(seconds(built))
+    for row in found:
+        row["step_s"] = statistics.median(times[row["memory"]])
+    return found
+
+
+def plot(found: list[Row], file: Path) -> None:
+    """Bytes, and time over that of keeping all, against depth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (memory, clock) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    base = {row["layers"]: row["step_s"] for row in found if row["memory"] == "none"}
+    for kind in dict.fromkeys(row["memory"] for row in found):
+        own = [row for row in found if row["memory"] == kind]
+        depths = [row["layers"] for row in own]
+        memory.plot(depths, [row["activation_bytes"] / 2**20 for row in own], marker="o", label=kind)
+        clock.plot(depths, [row["step_s"] / base[row["layers"]] for row in own], marker="o", label=kind)
+    memory.set(xlabel="layers", ylabel="activations, MiB", xscale="log", yscale="log")
+    clock.set(xlabel="layers", ylabel="time of a step / that of none", xscale="log", ylim=(0.9, None))
+    memory.legend()
+    figure.savefig(file)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default="4,8,16,32,64,128", help="default: %(default)s")
+    parser.add_argument("--memory", default=",".join(MemoryConfig.kinds()), help="kinds (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="rows as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them")
+    args = parser.parse_args()
+    depths, kinds = [int(x) for x in args.layers.split(",")], args.memory.split(",")
+    found: list[Row] = []
+    with counting(Console(stderr=True), "depths", len(depths)) as advance:
+        for layers in depths:
+            found += rows(layers, kinds, args.rounds)
+            advance(1)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for row in found:
+            print(
+                f"{row['layers']:4} layers  {row['memory']:12} {row['activation_bytes'] / 2**20:8.2f} MiB, between "
+                f"passes {row['kept_bytes'] / 2**20:8.2f} MiB, {row['step_s']:.3f} s"
+            )
+        for kind in kinds if len(depths) > 1 else ():
+            own = [row["activation_bytes"] for row in found if row["memory"] == kind]
+            print(f"{kind:12} {(own[-1] - own[0]) / (depths[-1] - depths[0]) / 1024:10.1f} KiB per layer")
+        print(PUBLISHED)
+    if args.plot:
+        plot(found, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

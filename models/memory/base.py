@@ -1,0 +1,39 @@
+"""The slot `memory`: what of the forward pass is kept for the backward pass, and what is computed again.
+
+It changes no number: a model trains the same under every kind, and checkpoints do not know of it.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+from models.config import LMConfig
+from models.keeper import Keeper
+from models.lm import LM, run_layers
+from models.plugin import Plugin
+
+if TYPE_CHECKING:
+    from models.layer import Layer
+
+
+class MemoryConfig(Plugin, slot="memory", folder="models.memory"):
+    """How much of a layer's forward pass is kept.
+
+    splits_backward: gradients of inputs may be taken before those of weights, in passes of their own. compiles: layers
+    may be compiled.
+    """
+
+    splits_backward: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
+
+    def refuse(self, model: LM) -> None:
+        """Raise ValueError for a model whose activations it cannot do without. model: whole, perhaps without data."""
+
+    def keepers(self, layers: "list[Layer]", config: LMConfig) -> Iterable[Keeper]:
+        """One for each of a stage's layers, which are in order."""
+        raise NotImplementedError
+
+    def apply(self, model: LM) -> None:
+        """Have the model's layers run so, in place of what was applied before."""
+        model.run_layers = run_layers
+        for layer, keeper in zip(model.blocks, self.keepers(model.blocks, model.config), strict=True):
+            layer.keeper = keeper

@@ -1,0 +1,192 @@
+"""Every way to keep less of the forward pass gives the gradients of keeping all of it, on every mesh."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import memory as bench
+from configs.structure import instantiate
+from models.config import LMConfig
+from models.memory.base import MemoryConfig
+from models.memory.full import FullConfig
+from models.memory.none import NoneConfig
+from models.memory.reversible import ReversibleConfig
+from models.memory.sizes import Sizes, stretches
+from parallel import check
+from parallel.engine import Engine
+from parallel.mesh import Mesh, MeshConfig
+from parallel.testing import Pool
+from tests.contract.tiny import HYBRID, build
+
+EVERYDAY = ("fsdp=2", "ep=2,fsdp=4", "cp=2,pp=2")
+MESHES = ("dp=2", "fsdp=2", "hsdp=2x2", "tp=2", "tp=4", "cp=2", "ep=2", "pp=2", "pp=4", "fsdp=2,tp=2", "ep=2,fsdp=4",
+          "cp=2,tp=2", "ep=2,cp=2", "fsdp=2,tp=2,pp=2", "pp=2,schedule=interleaved", "pp=2,schedule=gpipe",
+          "fsdp=2,pp=2,schedule=interleaved", "ep=2,fsdp=2,pp=2", "ep=2,tp=2,pp=2")  # fmt: skip
+SPLIT = ("pp=2,schedule=zbv", "pp=2,schedule=zero_bubble", "fsdp=2,pp=2,schedule=dualpipev")
+
+# Entries that cross layers, routers with losses, statistics and a gate from the layer before, recurrences, draws.
+MODELS: dict[str, dict[str, Any]] = {
+    "reversible": {**HYBRID, "residual": "reversible", "values": "resformer", "depth": "stochastic"},
+    "midpoint": {**HYBRID, "residual": "midpoint", "values": "resformer_learnable"},
+    "grid": {**HYBRID, "residual": {"kind": "reversible", "grid_bits": 44}},
+    "universal": {"depth": "universal", "repeat": 4, "tie_embeddings": True},
+    "hyper": {**HYBRID, "residual": "hyper", "depth": "skip_middle", "tie_embeddings": True},
+    "mudd": {"residual": "mudd", "values": "resformer"},
+}
+UNDONE = ("reversible", "midpoint", "grid")
+
+
+def combinations() -> list[tuple[str, str]]:
+    kinds = [kind for kind in MemoryConfig.kinds() if kind != "none"]
+    return [(model, kind) for model in MODELS for kind in kinds if kind != "reversible" or model in UNDONE]
+
+
+def memory(kind: str) -> MemoryConfig:
+    cls = MemoryConfig.of_kind(kind)
+    return instantiate(MemoryConfig, {"kind": kind, **cls.example})
+
+
+def compare(model: str, kind: str, mesh: str, pool: Pool) -> None:
+    if "ep=" in mesh and "layers" not in MODELS[model]:
+        mesh = mesh.replace("ep=2,", "").replace("ep=2", "dp=2")  # without experts
+    settings = check.Settings(memory=memory(kind))
+    report = check.run(build(**MODELS[model]), MeshConfig.parse(mesh), settings, pool, timeout=120)
+    assert report.ok, "\n".join([f"{model}, memory {kind} on {mesh}", *report.wrong[:10]])
+
+
+def step(config: LMConfig, memory: MemoryConfig, dtype: torch.dtype = torch.float64) -> check.Step:
+    """Two micro-batches on one process."""
+    engine = Engine(config, Mesh.single(), seed=0, dtype=dtype, memory=memory)
+    return check.take_step(engine, check.make_batch(config, MeshConfig(), check.Settings()), 2, None, check.Settings())
+
+
+@pytest.mark.parametrize(("model", "kind"), combinations())
+def test_one_process(model: str, kind: str) -> None:
+    """To the error of float64 where the grid is off; statistics and losses are counted once."""
+    config = build(**MODELS[model])
+    plain, found = step(config, NoneConfig()), step(config, memory(kind))
+    assert found.loss == plain.loss and found.norm == pytest.approx(plain.norm, rel=1e-12)
+    for name, gradient in plain.gradients.items():
+        assert check.error(found.gradients[name], gradient, floor=1e-6) < 1e-11, name
+    assert found.statistics.keys() == plain.statistics.keys()
+    assert all(torch.equal(found.statistics[name], value) for name, value in plain.statistics.items())
+
+
+@pytest.mark.parametrize("mesh", EVERYDAY)
+@pytest.mark.parametrize(("model", "kind"), combinations())
+def test_meshes(model: str, kind: str, mesh: str, pool: Pool) -> None:
+    compare(model, kind, mesh, pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [*MESHES, *SPLIT])
+@pytest.mark.parametrize(("model", "kind"), combinations())
+def test_every_mesh(model: str, kind: str, mesh: str, pool: Pool) -> None:
+    if mesh not in SPLIT or MemoryConfig.of_kind(kind).splits_backward:
+        compare(model, kind, mesh, pool)
+
+
+@pytest.mark.parametrize("residual", ["reversible", "midpoint"])
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_odd_and_even_depths(depth: int, residual: str) -> None:
+    config = build(pattern="A" * depth, repeat=1, residual=residual)
+    plain, found = step(config, NoneConfig()), step(config, ReversibleConfig())
+    for name, gradient in plain.gradients.items():
+        assert check.error(found.gradients[name], gradient) < 1e-12, name
+
+
+@pytest.mark.parametrize("residual", ["reversible", "midpoint"])
+def test_bit_for_bit_on_a_grid_at_depth_96(residual: str) -> None:
+    """In float32: what is rebuilt is what was there, so that no gradient differs in a bit."""
+    config = build(pattern="A", repeat=96, residual={"kind": residual, "grid_bits": 14})
+    plain, found = (step(config, kept, torch.float32) for kept in (NoneConfig(), ReversibleConfig()))
+    assert plain.loss == found.loss
+    assert all(torch.equal(found.gradients[name], gradient) for name, gradient in plain.gradients.items())
+
+
+@pytest.mark.parametrize("norm", ["pre", "peri", "post"])
+@pytest.mark.parametrize("residual", ["reversible", "midpoint"])
+def test_bit_for_bit_beside_bfloat16_branches(residual: str, norm: str) -> None:
+    config = build(**HYBRID, residual={"kind": residual, "grid_bits": 14}, values="resformer", norm=norm)
+    plain, found = (step(config, kept, torch.bfloat16) for kept in (NoneConfig(), ReversibleConfig()))
+    assert plain.loss == found.loss
+    assert all(torch.equal(found.gradients[name], gradient) for name, gradient in plain.gradients.items())
+
+
+def test_memory_does_not_grow_with_depth() -> None:
+    """Undone layers: less than a hundredth of what a layer takes where all is kept. Stretches: less than layers."""
+    most: dict[str, list[int]] = {}
+    for layers in (8, 64):
+        model = bench.model(layers)
+        for kind in ("none", "full", "sqrt", "reversible"):
+            memory(kind).apply(model)
+            most.setdefault(kind, []).append(bench.measured(model)[0])
+    growth = {kind: large - small for kind, (small, large) in most.items()}
+    assert growth["reversible"] < 0.01 * growth["none"]
+    assert growth["sqrt"] < growth["full"] < 0.1 * growth["none"]
+
+
+def test_stretches_are_as_long_as_pays() -> None:
+    """Of 100 equal layers, each four times a state: two stretches of states and layers are least at 5 layers."""
+    parts = stretches(Sizes(layers=(4,) * 100, states=(1,) * 100))
+    assert {stop - start for start, stop in parts} == {5} and parts[0][0] == 0 and parts[-1][1] == 100
+    uneven = stretches(Sizes(layers=(40, 1, 1, 1, 40, 1, 1, 1), states=(1,) * 8))
+    assert uneven == [(0, 1), (1, 4), (4, 5), (5, 8)] or max(stop - start for start, stop in uneven) <= 4
+
+
+def test_gradients_are_returned() -> None:
+    """`torch.autograd.grad` sees them, and nothing is accumulated on the side."""
+    config = build(residual="reversible")
+    grads: list[tuple[Tensor, ...]] = []
+    for kept in (NoneConfig(), ReversibleConfig()):
+        engine = Engine(config, Mesh.single(), seed=0, dtype=torch.float64, memory=kept)
+        batch, (model,) = check.make_batch(config, MeshConfig(), check.Settings()), engine.models
+        out = model(batch.tokens, batch.targets, keys_B=batch.keys)
+        parameters = list(model.parameters())
+        grads.append(torch.autograd.grad(out.loss, parameters))
+        assert all(parameter.grad is None for parameter in parameters)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-11, atol=1e-13)
+
+
+def test_frozen_parameters() -> None:
+    config = build(residual="reversible")
+    engine = Engine(config, Mesh.single(), seed=0, dtype=torch.float64, memory=ReversibleConfig())
+    (model,) = engine.models
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "layers.0.ffn.branch.ffn.up.weight")
+    batch = check.make_batch(config, MeshConfig(), check.Settings())
+    loss = model(batch.tokens, batch.targets, keys_B=batch.keys).loss
+    loss.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {"layers.0.ffn.branch.ffn.up.weight"}
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "kept", "message"),
+    [
+        ({"residual": "hyper"}, "", ReversibleConfig(),
+         "memory reversible undoes layers, and residual hyper cannot be undone; use one that can, such as midpoint or "
+         "reversible, or memory full"),
+        ({"residual": "reversible", "depth": "skip_middle"}, "", ReversibleConfig(),
+         "depth skip_middle looks at their inputs; use depth full, or memory full"),
+        ({"residual": "reversible"}, "pp=2,schedule=zbv", ReversibleConfig(), "use schedule 1f1b or interleaved"),
+    ],
+)  # fmt: skip
+def test_refusals(model: dict[str, Any], mesh: str, kept: MemoryConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        check.refuse_combination(build(**model), MeshConfig.parse(mesh), check.Settings(memory=kept))
+
+
+def test_a_compiled_layer_is_not_undone() -> None:
+    with pytest.raises(ValueError, match="leave compile out"):
+        check.refuse_combination(
+            build(residual="reversible"), MeshConfig(dp=2), check.Settings(memory=ReversibleConfig(), compile=True)
+        )
+
+
+@pytest.mark.slow
+def test_compiled_layers_run_again(pool: Pool) -> None:
+    settings = check.Settings(memory=FullConfig(), compile=True)
+    report = check.run(build(2), MeshConfig(fsdp=2), settings, pool, timeout=900)
+    assert report.ok, report.wrong[:5]
