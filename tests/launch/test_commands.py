@@ -45,9 +45,9 @@ def test_plugins(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^  attention +Causal softmax attention.* models/mixers/attention\.py$", text, re.MULTILINE)
     assert text.startswith("mixer\n") and "\n\nffn\n" in text
     rows = json.loads(printed(capsys, "plugins", "norm", "--json"))
-    assert [(row["slot"], row["kind"]) for row in rows] == [("norm", "peri"), ("norm", "post"), ("norm", "pre")]
-    assert rows[0]["fields"] == [{"name": "eps", "help": "", "default": 1e-6}]
-    assert rows[0]["file"] == str(ROOT / "models/norms/peri.py")
+    assert [(row["slot"], row["kind"]) for row in rows] == [("norm", kind) for kind in ("none", "peri", "post", "pre")]
+    assert rows[1]["fields"] == [{"name": "eps", "help": "", "default": 1e-6}]
+    assert rows[1]["file"] == str(ROOT / "models/norms/peri.py")
 
 
 def test_a_plug_in_from_outside_is_listed(
