@@ -29,6 +29,7 @@ from configs.structure import instantiate
 from models.config import LMConfig
 from models.lm import LM
 from models.memory.base import MemoryConfig
+from models.memory.sizes import storage
 from models.params import initialize
 from trainer.progress import counting
 
@@ -64,10 +65,6 @@ class Alive(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
-
-
-def storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 def model(layers: int) -> LM:

@@ -1,5 +1,6 @@
 """Rounding to a fixed-point grid, on which additions are exact and so can be undone."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.params import upcast
-from models.slots import Opener
+from models.slots import Opener, ResidualConfig
 from models.state import Entry, State
 
 
@@ -46,6 +47,30 @@ def check_bits(bits: int | None, dtype: torch.dtype) -> None:
             f"grid_bits is {bits} and the stream is {dtype}, which has {digits} binary digits; use "
             "fewer bits, a stream of more digits, or grid_bits null"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class GridConfig(ResidualConfig):
+    """A residual that can be undone.
+
+    grid_bits: what makes the streams is rounded to multiples of 2^-grid_bits, with the gradient of the identity. The
+    streams, at least float32 beside bfloat16 branches, are then sums without rounding errors, and subtracting restores
+    them bit for bit while they stay below 2^(24 - grid_bits): 14 leaves 1024. null: no rounding.
+    """
+
+    grid_bits: int | None = None
+
+    takes_shortcut = False
+
+    def __post_init__(self) -> None:
+        if self.grid_bits is not None and not 1 <= self.grid_bits <= 52:
+            raise ValueError(
+                f"grid_bits is {self.grid_bits}; it must lie between 1 and 52, which float64 holds (14 suits float32), "
+                "or be null for no grid"
+            )
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        check_bits(self.grid_bits, dtype)
 
 
 class TwiceOnGrid(Opener):

@@ -11,36 +11,26 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import above_zero
-from models.residual.fixed_point import TwiceOnGrid, check_bits, on_grid, stream_type
-from models.slots import Closer, Connection, Opener, ResidualConfig
+from models.residual.fixed_point import GridConfig, TwiceOnGrid, on_grid, stream_type
+from models.slots import Closer, Connection, Opener
 from models.state import Entry, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
-class MidpointResidual(ResidualConfig, kind="midpoint"):
+class MidpointResidual(GridConfig, kind="midpoint"):
     """p_{l+1} = p_{l-1} + 2 step f_l(p_l), where f_l is what plain layer l adds: f(p) = m + FFN(p + m), m = Mixer(p)
     (arXiv 2512.02056). The first step, with nothing before it, is p_1 = p_0 + step f_0(p_0). The final norm reads p_L.
 
-    step: of the recurrence. grid_bits: the embedding and what is added are rounded to multiples of 2^-grid_bits, so
-    that subtracting restores the streams bit for bit, as in reversible. null: no rounding.
+    step: of the recurrence. What goes on the grid are the embedding and what is added.
     """
 
     step: float = 0.25
-    grid_bits: int | None = None
 
-    takes_shortcut = False
     steps = (("mixer", "ffn"),)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         above_zero(self, "step", hint=", and 0.25 is usual")
-        if self.grid_bits is not None and not 1 <= self.grid_bits <= 52:
-            raise ValueError(
-                f"grid_bits is {self.grid_bits}; it must lie between 1 and 52, which float64 holds (14 suits float32), "
-                "or be null for no grid"
-            )
-
-    def check_dtype(self, dtype: torch.dtype) -> None:
-        check_bits(self.grid_bits, dtype)
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         if branch == "mixer":
@@ -85,13 +75,10 @@ class MidpointEnd(Connection):
     def read(self, state: State) -> tuple[Views, State]:
         return Views.same(state["x"] + state["delta"]), {}
 
-    def added(self, delta_BTD: Tensor, out_BTD: Tensor) -> Tensor:
-        return on_grid(self.factor * (delta_BTD + out_BTD), self.grid_bits)
-
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         others = {name: entry for name, entry in state.items() if name != "delta"}
-        x_BTD = state["previous"] + self.added(state["delta"], out_BTD)
-        return {**others, "x": x_BTD, "previous": state["x"]}
+        added_BTD = on_grid(self.factor * (state["delta"] + out_BTD), self.grid_bits)
+        return {**others, "x": state["previous"] + added_BTD, "previous": state["x"]}
 
     def unwritten(self, after: State) -> State:
         return {"x": after["previous"], "previous": torch.zeros_like(after["x"])}

@@ -10,35 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.residual.fixed_point import TwiceOnGrid, check_bits, on_grid, stream_type
-from models.slots import Closer, Connection, Opener, ResidualConfig
+from models.residual.fixed_point import GridConfig, TwiceOnGrid, on_grid, stream_type
+from models.slots import Closer, Connection, Opener
 from models.state import Entry, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
-class ReversibleResidual(ResidualConfig, kind="reversible"):
+class ReversibleResidual(GridConfig, kind="reversible"):
     """x1 <- x1 + Mixer(x2), x2 <- x2 + FFN(x1) (RevNet, arXiv 1707.04585; over full-width copies of the embedding as in
     RevViT, arXiv 2302.04869). The final norm reads (x1 + x2) / 2.
 
-    grid_bits: the embedding and all branch outputs are rounded to multiples of 2^-grid_bits, with the gradient of the
-    identity. The streams, at least float32 beside bfloat16 branches, are then sums without rounding errors, and
-    subtracting restores them bit for bit while they stay below 2^(24 - grid_bits): 14 leaves 1024. null: no rounding.
+    What goes on the grid are the embedding and all branch outputs.
     """
 
-    grid_bits: int | None = None
-
-    takes_shortcut = False
     steps = (("mixer",), ("ffn",))
-
-    def __post_init__(self) -> None:
-        if self.grid_bits is not None and not 1 <= self.grid_bits <= 52:
-            raise ValueError(
-                f"grid_bits is {self.grid_bits}; it must lie between 1 and 52, which float64 holds (14 suits float32), "
-                "or be null for no grid"
-            )
-
-    def check_dtype(self, dtype: torch.dtype) -> None:
-        check_bits(self.grid_bits, dtype)
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         source, target = ("x2", "x1") if branch == "mixer" else ("x1", "x2")
