@@ -12,7 +12,8 @@ from typing import TypeVar
 from torch import nn
 
 from models.context import LayerContext
-from models.slots import Mixer, MixerConfig, Placement
+from models.norms.base import Placement
+from models.slots import Mixer, MixerConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 

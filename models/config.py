@@ -9,8 +9,9 @@ from torch import nn
 from models.context import LayerContext
 from models.depth.base import DepthConfig
 from models.limits import at_least, check_size
+from models.norms.base import NormConfig
 from models.plugin import Plugin
-from models.slots import FFNConfig, MixerConfig, NormConfig, ResidualConfig, ScalingConfig, ShortcutConfig, ValuesConfig
+from models.slots import FFNConfig, MixerConfig, ResidualConfig, ScalingConfig, ShortcutConfig, ValuesConfig
 
 Slot = TypeVar("Slot", bound=Plugin)
 MOST_LAYERS = 4096  # each is a tree of modules: more take minutes to build, and no model has come near

@@ -1,4 +1,4 @@
-"""The slots: the interface that a plug-in of each fills. That of depth is in `models.depth.base`.
+"""The slots: the interface that a plug-in of each fills. Those of depth and norm are in `base` of their folders.
 
 Shape suffixes: B batch, T sequence, D model width, H heads, K key and V value width of a head.
 """
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from models.beside import Beside
 from models.context import LayerContext
+from models.costly import FUSED_ATTENTION, PRODUCTS
 from models.ends import Closer, Opener
-from models.params import Linear, NoOutput, ParamSpec, RMSNorm
+from models.params import Linear, NoOutput, ParamSpec
 from models.plugin import Plugin
 from models.state import Entry, OwnTokens, Projected, Result, Side, State, Valued, Views
 
@@ -26,10 +27,12 @@ class Mixer(nn.Module):
     own_tokens and project are token-wise, core per head along the sequence, merge token-wise. Entries over tokens are
     written by own_tokens and read by both; entries over heads are written and read by project. views: those of q, k and
     v that it reads; the others have no norm of their own. value_views: of them, those that only its values come from.
+    costly: names of torch operators whose results selective memory keeps.
     """
 
     views: tuple[str, ...] = ("q", "k", "v")
     value_views: tuple[str, ...] = ("v",)
+    costly: tuple[str, ...] = (*PRODUCTS, *FUSED_ATTENTION)
     reads: tuple[str, ...] = ()
     writes: tuple[Entry, ...] = ()
     has_losses: bool = False
@@ -93,11 +96,12 @@ class FFN(nn.Module):
     entry "gathered": it runs on all tokens of its tensor group and returns a partial sum, without losses or entries,
     which would count once per rank. "tokens": it runs on the rank's own tokens, once (routers), and returns the whole
     output. by_part: of those, one whose `forward` also takes `part`, a `models.pieces.Part`, and returns that part of a
-    sum that makes the output.
+    sum that makes the output. costly: as of a mixer.
     """
 
     entry: ClassVar[Literal["gathered", "tokens"]] = "gathered"
     by_part: ClassVar[bool] = False
+    costly: tuple[str, ...] = PRODUCTS
     reads: tuple[str, ...] = ()
     writes: tuple[Entry, ...] = ()
     has_losses: bool = False
@@ -174,22 +178,6 @@ class Connection(nn.Module):
         or earlier outputs, 2 for each element of each summand, and of using a matrix again, for every stream. Norms,
         activations, scalings and plain additions count as nothing."""
         return 0.0
-
-
-class Placement(nn.Module):
-    """Where a branch is normalised. The default leaves both sides alone.
-
-    Its weights lie in modules that it calls, which layers may share.
-    """
-
-    def before(self, views: Views) -> Views:
-        return views
-
-    def after(self, out_BTD: Tensor) -> Tensor:
-        return out_BTD
-
-    def share_before(self, other: "Placement") -> None:
-        """Take the norms in front from `other`, the placement around another branch with the same input."""
 
 
 class MixerConfig(Plugin, slot="mixer", folder="models.mixers"):
@@ -285,22 +273,6 @@ class ValuesConfig(Plugin, slot="values", folder="models.values"):
 
     def build(self, ctx: LayerContext, value_shape: tuple[int, int]) -> Values:
         raise NotImplementedError
-
-
-class NormConfig(Plugin, slot="norm", folder="models.norms"):
-    """Placement of the norms around a branch; also makes the embedding's and the final norm."""
-
-    eps: float
-
-    def build(self, d_model: int, views: tuple[bool, ...]) -> Placement:
-        """views: of each distinct input of the branch, whether it is read."""
-        raise NotImplementedError
-
-    def embedding(self, d_model: int) -> nn.Module:
-        return nn.Identity()
-
-    def final(self, d_model: int) -> nn.Module:
-        return RMSNorm(d_model, self.eps)
 
 
 class ShortcutConfig(Plugin, slot="shortcut", folder="models.shortcuts"):

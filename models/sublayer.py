@@ -12,7 +12,8 @@ from models.beside import Beside
 from models.boundary import Boundary
 from models.branches import FFNBranch, MixerBranch
 from models.by_rank import ByRank, check_by_rank
-from models.slots import Cache, Connection, Placement
+from models.norms.base import Placement
+from models.slots import Cache, Connection
 from models.state import KEY_GATE, Layout, OwnTokens, Result, Side, State
 
 Branch = TypeVar("Branch", bound=MixerBranch | FFNBranch)

@@ -44,10 +44,10 @@ def refuse_memory(config: LMConfig, mesh: MeshConfig, memory: MemoryConfig, comp
     """Raise ValueError where the model cannot be trained with so little kept of its forward pass."""
     with torch.device("meta"):
         memory.refuse(LM(config))
-    if compile and not memory.compiles:
+    if compile and memory.uncompiled:
         raise ValueError(
-            f"memory {memory.kind} runs a layer again as it ran, and a compiled one may round otherwise when its "
-            "gradients are asked for; leave compile out"
+            f"memory {memory.kind} does not go with compiled layers, {memory.uncompiled}; leave compile out, or use "
+            "memory full"
         )
     if mesh.splits_backward and not memory.splits_backward:
         raise ValueError(

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class MemoryConfig(Plugin, slot="memory", folder="models.memory"):
     """How much of a layer's forward pass is kept.
 
-    splits_backward: gradients of inputs may be taken before those of weights, in passes of their own. compiles: layers
-    may be compiled.
+    splits_backward: gradients of inputs may be taken before those of weights, in passes of their own. uncompiled: why
+    layers cannot be compiled, if they cannot.
     """
 
     splits_backward: ClassVar[bool] = True
-    compiles: ClassVar[bool] = True
+    uncompiled: ClassVar[str] = ""
 
     def refuse(self, model: LM) -> None:
         """Raise ValueError for a model whose activations it cannot do without. model: whole, perhaps without data."""

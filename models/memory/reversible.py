@@ -29,7 +29,7 @@ class ReversibleConfig(MemoryConfig, kind="reversible"):
     residual that can be undone; on its grid the states are rebuilt bit for bit."""
 
     splits_backward = False
-    compiles = False
+    uncompiled = "which may round otherwise when they are run again with gradients"
 
     def refuse(self, model: "LM") -> None:
         residual = model.config.residual

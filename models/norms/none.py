@@ -3,7 +3,7 @@
 import dataclasses
 
 from models.limits import above_zero
-from models.slots import NormConfig, Placement
+from models.norms.base import NormConfig, Placement
 
 
 @dataclasses.dataclass(frozen=True)

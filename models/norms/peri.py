@@ -5,9 +5,9 @@ import dataclasses
 from torch import Tensor, nn
 
 from models.limits import above_zero
+from models.norms.base import NormConfig, Placement
 from models.norms.pre import Pre
 from models.params import RMSNorm
-from models.slots import NormConfig, Placement
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ import dataclasses
 from torch import nn
 
 from models.limits import above_zero
+from models.norms.base import NormConfig, Placement
 from models.params import RMSNorm
-from models.slots import NormConfig, Placement
 from models.state import Views
 
 

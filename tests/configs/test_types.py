@@ -8,7 +8,7 @@ import pytest
 from configs.errors import ConfigError
 from configs.structure import to_plain
 from configs.validate import parse
-from models.slots import NormConfig
+from models.norms.base import NormConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,10 @@ from models.config import LMConfig
 from models.depth.base import DepthConfig
 from models.ffn.routing import RouterConfig
 from models.lm import LM
+from models.norms.base import NormConfig
 from models.params import initialize
 from models.plugin import Plugin
-from models.slots import FFNConfig, MixerConfig, NormConfig, ResidualConfig, ScalingConfig, ShortcutConfig, ValuesConfig
+from models.slots import FFNConfig, MixerConfig, ResidualConfig, ScalingConfig, ShortcutConfig, ValuesConfig
 
 SLOTS: tuple[type[Plugin], ...] = (
     MixerConfig,
