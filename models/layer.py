@@ -113,8 +113,8 @@ class Layer(nn.Module):
     def run(self, state: State, side: Side, local: Side, cache: Cache | None = None) -> tuple[State, Extras]:
         """`forward`, with all of autograd's memory and all entries."""
         state, gates = self.gated(state, local)
-        state, mixed = self.run_mixer(state, side, local, gates, cache)
-        state, channel = self.run_ffn(state, side, local, gates)
+        state, mixed = self.run_branch("mixer", state, side, local, gates, cache)
+        state, channel = self.run_branch("ffn", state, side, local, gates)
         losses = joined(
             self,
             (self.depth.has_losses, gates.losses),
@@ -134,15 +134,15 @@ class Layer(nn.Module):
             state = self.mixer.connection.add(state, gates.added_BTD)
         return state, gates
 
-    def run_mixer(
-        self, state: State, side: Side, local: Side, gates: Gated, cache: Cache | None
+    def run_branch(
+        self, role: str, state: State, side: Side, local: Side, gates: Gated, cache: Cache | None = None
     ) -> tuple[State, Result]:
+        """The state behind the mixer or the FFN."""
         gate_BT = gates.gate_BT
-        key_gate_BT = self.depth.key_gate(gate_BT) if gate_BT is not None and self.key_gate else None
-        return self.mixer(state, side, local, gate_BT, key_gate_BT, cache)
-
-    def run_ffn(self, state: State, side: Side, local: Side, gates: Gated) -> tuple[State, Result]:
+        if role == "mixer":
+            key_gate_BT = self.depth.key_gate(gate_BT) if gate_BT is not None and self.key_gate else None
+            return self.mixer(state, side, local, gate_BT, key_gate_BT, cache)
         # What draws, such as the picks that a full expert drops, may look at the other tokens.
         alone = self.ffn.branch.skips and self.ffn.by_rank is None and not side.draws and worthwhile()
-        open_BT = gates.gate_BT if self.depth.closes and alone else None
-        return self.ffn(state, side, local, gates.gate_BT, open_BT, None)
+        open_BT = gate_BT if self.depth.closes and alone else None
+        return self.ffn(state, side, local, gate_BT, open_BT, None)

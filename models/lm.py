@@ -194,8 +194,9 @@ class LM(nn.Module):
         sums: dict[str, dict[str, Tensor]] = {}
         for key, value in stats.items():
             *place, name = key.split(".", 3)
-            own = sums.setdefault(self.reports[".".join(place)], {})
-            own[name] = own[name] + value if name in own else value
+            if (part := self.reports.get(".".join(place))) is not None:
+                own = sums.setdefault(part, {})
+                own[name] = own[name] + value if name in own else value
         parts = {self.reports[f"layers.{x.index}.{role}"]: part for x in self.blocks for role, part in x.reporting()}
         for place, part in parts.items():
             part.after_step(sums.get(place, {}))

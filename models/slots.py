@@ -237,12 +237,17 @@ class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
     takes_shortcut: there is one identity path, which the shortcut's module can act on. starts_plain: with its initial
     parameters it computes what plain does, but for the scale that the last norm reads. one_norm: one for both branches.
     steps: the branches of a layer that can be undone together, in order; none of a residual that cannot be undone.
+    exact: undoing gives what was there, bit for bit.
     """
 
     takes_shortcut: ClassVar[bool] = True
     starts_plain: ClassVar[bool] = False
     one_norm: ClassVar[bool] = False
     steps: ClassVar[tuple[tuple[str, ...], ...]] = ()
+
+    @property
+    def exact(self) -> bool:
+        return False
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         raise NotImplementedError

@@ -5,7 +5,7 @@ Shape suffixes: B batch, T sequence (this rank's share of it where tokens are sp
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+Choose = Callable[[Hashable, Callable[[], Tensor]], Tensor]
 
 KEY_GATE = "key_gate"  # [B, T] in [0, 1]: how much a token may be seen as a key
 ALL_VALUES = "all_values"  # [B, S, H, V], in decoding: the values of all tokens so far, which others keep
@@ -130,7 +131,8 @@ class Side:
 
     documents is None when every row is one document; id -1 marks padding. A `window` (start, length) narrows the
     properties below to the part of the sequence that the caller holds; the fields stay whole. keys: int64 [B], below
-    2^32, what each row's random draws are made from (`models.noise`); None where nothing is drawn.
+    2^32, what each row's random draws are made from (`models.noise`); None where nothing is drawn. choices: stands
+    between a layer and its discrete choices, where it may run again (`models.choices`).
     """
 
     tokens: Tensor
@@ -138,6 +140,7 @@ class Side:
     documents: Tensor | None = None
     window: tuple[int, int] | None = None
     keys: Tensor | None = None
+    choices: Choose | None = None
 
     @property
     def draws(self) -> bool:
@@ -146,6 +149,11 @@ class Side:
 
     def with_keys(self, keys: Tensor) -> "Side":
         return dataclasses.replace(self, keys=keys)
+
+    def choose(self, owner: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` chooses: indices or masks without gradients, which a near tie may turn over. owner: the part that
+        chooses."""
+        return make() if self.choices is None else self.choices(owner, make)
 
     def narrow(self, start: int, length: int) -> "Side":
         offset = self.window[0] if self.window else 0

@@ -25,6 +25,7 @@ class Stepper:
         self, config: RunConfig, engine: Engine, optimizer: Optimizer, data: Samples, warn: Callable[[str], None]
     ) -> None:
         self._config, self._engine, self._optimizer, self._data = config, engine, optimizer, data
+        self._warn, self._warned = warn, False
         self._faults = Faults(config.train.faults, engine, Path(config.run.dir), warn)
         mesh = engine.mesh
         self._flops = cost(config.model, config.data.sequence_length).flops_per_token
@@ -51,6 +52,10 @@ class Stepper:
             self._optimizer.step(lr)
             engine.after_step(out.stats)
         state = state.after(size, out.tokens)
+        memory = config.memory.report(out.stats)
+        if not self._warned and (sentence := config.memory.warning(memory)):
+            self._warn(sentence)
+            self._warned = True
         if not good:
             return state, None, out.votes > 0
         seconds = time.perf_counter() - began
@@ -70,5 +75,6 @@ class Stepper:
             experts=expert_loads(out.stats),
             dropped=dropped_picks(out.stats),
             depth=depth_used(out.stats),
+            memory=memory,
         )
         return state, report, out.votes > 0

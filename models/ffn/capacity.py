@@ -26,9 +26,12 @@ class Room(Grouped):
         self.numerators, self.denominator = numerators, denominator
         self.by_document = by_document and group == "sequence"
 
-    @torch.no_grad()
     def forward(self, routing: Routing, side: Side) -> Tensor:
         """The picks that find room, bool [B, T, K]: of valid tokens, and of those that the routing keeps."""
+        return side.choose(self, lambda: self.fitting(routing, side))
+
+    @torch.no_grad()
+    def fitting(self, routing: Routing, side: Side) -> Tensor:
         index_BTK, asked_BTK = routing.index_BTK, asked(routing, side)
         labels_BT = side.valid_BT.long() - 1
         if self.by_document and side.documents_BT is not None:

@@ -114,9 +114,9 @@ class MaskedTopK:
     top_k: int
     first_zero: int
 
-    def __call__(self, logits_BTE: Tensor) -> Routing:
+    def __call__(self, logits_BTE: Tensor, side: Side) -> Routing:
         probs_BTE = logits_BTE.softmax(-1)
-        index_BTK = best(probs_BTE, self.top_k)
+        index_BTK = side.choose(self, lambda: best(probs_BTE, self.top_k))
         weights_BTK = probs_BTE.gather(-1, index_BTK).masked_fill(index_BTK >= self.first_zero, 0)
         return Routing(logits_BTE, probs_BTE, index_BTK, normalized(weights_BTK))
 
@@ -143,7 +143,7 @@ class MoEPlusPlus(RoutedFFN):
     tokens, at the cost of a few vectors."""
 
     def __init__(
-        self, config: MoEPlusPlusConfig, ctx: LayerContext, router: nn.Module, select: Callable[[Tensor], Routing]
+        self, config: MoEPlusPlusConfig, ctx: LayerContext, router: nn.Module, select: Callable[[Tensor, Side], Routing]
     ) -> None:
         super().__init__(Experts(config.num_experts, ctx.d_model, config.hidden, ctx.output_init))
         self.balance, self.room = Balance(config.stats_group), config.room()
@@ -165,7 +165,7 @@ class MoEPlusPlus(RoutedFFN):
         logits_BTE = self.router(x_BTD)
         if self.router_residual is not None:
             logits_BTE = logits_BTE + self.router_residual(inputs[LOGITS])
-        routing, valid_BT = self.select(logits_BTE), side.valid_BT
+        routing, valid_BT = self.select(logits_BTE, side), side.valid_BT
         index_NK, weights_NK = routing.index_BTK.flatten(0, 1), routing.weights_BTK.flatten(0, 1)
         of_ffn_NK = index_NK < config.num_experts
         stats = {"expert_load": self.balance.load(routing.index_BTK, None, valid_BT, config.num_total)}

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.ffn.moe_plus_plus import MaskedTopK, MoEPlusPlus, MoEPlusPlusConfig
-from models.ffn.routing import LinearRouter, Routing
+from models.ffn.routing import LinearRouter, Routing, best
 from models.limits import above_zero
 from models.slots import FFN
+from models.state import Side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,8 @@ class TwoLayerRouter(nn.Module):
 class SelectedTopK(MaskedTopK):
     """Mixtral's gating: weights are a softmax over the picked logits."""
 
-    def __call__(self, logits_BTE: Tensor) -> Routing:
-        index_BTK = logits_BTE.detach().topk(self.top_k, dim=-1).indices
+    def __call__(self, logits_BTE: Tensor, side: Side) -> Routing:
+        index_BTK = side.choose(self, lambda: best(logits_BTE, self.top_k))
         return Routing(logits_BTE, logits_BTE.softmax(-1), index_BTK, logits_BTE.gather(-1, index_BTK).softmax(-1))
 
 
@@ -74,8 +75,8 @@ class ScaledLogits:
     gating: MaskedTopK
     std: float
 
-    def __call__(self, logits_BTE: Tensor) -> Routing:
-        return self.gating(logits_BTE * (self.std / logits_BTE.std(-1, keepdim=True)))
+    def __call__(self, logits_BTE: Tensor, side: Side) -> Routing:
+        return self.gating(logits_BTE * (self.std / logits_BTE.std(-1, keepdim=True)), side)
 
 
 class MoEPlusPlusReleased(MoEPlusPlus):

@@ -3,8 +3,10 @@
 It changes no number: a model trains the same under every kind, and checkpoints do not know of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
 
 from models.config import LMConfig
 from models.keeper import Keeper
@@ -27,6 +29,14 @@ class MemoryConfig(Plugin, slot="memory", folder="models.memory"):
 
     def refuse(self, model: LM) -> None:
         """Raise ValueError for a model whose activations it cannot do without. model: whole, perhaps without data."""
+
+    def report(self, stats: Mapping[str, Tensor]) -> dict[str, float]:
+        """What a step's statistics say of it, by name."""
+        return {}
+
+    def warning(self, report: Mapping[str, float]) -> str | None:
+        """A sentence for whom the step's report should worry."""
+        return None
 
     def keepers(self, layers: "list[Layer]", config: LMConfig) -> Iterable[Keeper]:
         """One for each of a stage's layers, which are in order."""

@@ -98,7 +98,7 @@ class LSH(Mixer):
         self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
     ) -> tuple[Tensor, Cache | None]:
         q_BTHK, v_BTHV, config = heads["q"], heads["v"], self.config
-        codes_BTHR = self.codes(q_BTHK, side)
+        codes_BTHR = side.choose(self, lambda: self.codes(q_BTHK, side))
         if config.rope != "none":
             dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
             cos, sin = angles(side.positions_BT, self.head_dim, config.rope_theta, dtype)

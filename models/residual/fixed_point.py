@@ -69,14 +69,18 @@ class GridConfig(ResidualConfig):
                 "or be null for no grid"
             )
 
+    @property
+    def exact(self) -> bool:
+        return self.grid_bits is not None
+
     def check_dtype(self, dtype: torch.dtype) -> None:
         check_bits(self.grid_bits, dtype)
 
 
-class TwiceOnGrid(Opener):
-    """The embedding, on the grid if there is one, as two entries."""
+class CopiesOnGrid(Opener):
+    """The embedding, on the grid if there is one, as several entries."""
 
-    def __init__(self, d_model: int, grid_bits: int | None, names: tuple[str, str]) -> None:
+    def __init__(self, d_model: int, grid_bits: int | None, names: tuple[str, ...]) -> None:
         super().__init__(d_model)
         self.grid_bits, self.names = grid_bits, names
         self.writes = tuple(Entry(name, (d_model,), dtype=stream_type(grid_bits)) for name in names)
@@ -84,4 +88,4 @@ class TwiceOnGrid(Opener):
     def forward(self, x_BTD: Tensor) -> State:
         check_bits(self.grid_bits, x_BTD.dtype)
         x_BTD = on_grid(x_BTD, self.grid_bits)
-        return dict(zip(self.names, (x_BTD, x_BTD.clone()), strict=True))
+        return {name: x_BTD.clone() if index else x_BTD for index, name in enumerate(self.names)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import above_zero
-from models.residual.fixed_point import GridConfig, TwiceOnGrid, on_grid, stream_type
+from models.residual.fixed_point import CopiesOnGrid, GridConfig, on_grid, stream_type
 from models.slots import Closer, Connection, Opener
 from models.state import Entry, State, Views
 
@@ -38,7 +38,7 @@ class MidpointResidual(GridConfig, kind="midpoint"):
         return MidpointEnd(ctx.d_model, self.step if ctx.index == 0 else 2 * self.step, self.grid_bits)
 
     def open(self, d_model: int) -> Opener:
-        return TwiceOnGrid(d_model, self.grid_bits, ("x", "previous"))
+        return CopiesOnGrid(d_model, self.grid_bits, ("x", "previous"))
 
     def close(self, d_model: int, num_layers: int) -> Closer:
         return MidpointCloser()

@@ -4,15 +4,18 @@ Shape suffixes: B batch, T sequence, D model width.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.residual.fixed_point import GridConfig, TwiceOnGrid, on_grid, stream_type
+from models.residual.fixed_point import CopiesOnGrid, GridConfig, on_grid, stream_type
 from models.slots import Closer, Connection, Opener
 from models.state import Entry, State, Views
+
+STREAMS = ("x1", "x2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,28 +29,26 @@ class ReversibleResidual(GridConfig, kind="reversible"):
     steps = (("mixer",), ("ffn",))
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
-        source, target = ("x2", "x1") if branch == "mixer" else ("x1", "x2")
-        return Reversible(ctx.d_model, source, target, self.grid_bits)
+        return Coupling(ctx.d_model, STREAMS, STREAMS[branch == "ffn"], self.grid_bits)
 
     def open(self, d_model: int) -> Opener:
-        return TwiceOnGrid(d_model, self.grid_bits, ("x1", "x2"))
+        return CopiesOnGrid(d_model, self.grid_bits, STREAMS)
 
     def close(self, d_model: int, num_layers: int) -> Closer:
-        return TwoStreamCloser()
+        return MeanCloser(STREAMS)
 
 
-class Reversible(Connection):
-    """target <- target + F(source)."""
+class Coupling(Connection):
+    """target <- target + F(max over the other streams), the maximum of each element."""
 
-    reads = ("x1", "x2")
-
-    def __init__(self, d_model: int, source: str, target: str, grid_bits: int | None) -> None:
+    def __init__(self, d_model: int, streams: tuple[str, ...], target: str, grid_bits: int | None) -> None:
         super().__init__()
-        self.source, self.target, self.grid_bits = source, target, grid_bits
+        self.target, self.grid_bits, self.reads = target, grid_bits, streams
         self.writes = (Entry(target, (d_model,), dtype=stream_type(grid_bits)),)
 
     def read(self, state: State) -> tuple[Views, State]:
-        return Views.same(state[self.source]), {}
+        others = (state[name] for name in self.reads if name != self.target)
+        return Views.same(functools.reduce(torch.maximum, others)), {}
 
     def rounded(self, out_BTD: Tensor) -> Tensor:
         return on_grid(out_BTD, self.grid_bits)
@@ -56,24 +57,30 @@ class Reversible(Connection):
         return {**state, self.target: state[self.target] + self.rounded(out_BTD)}
 
     def unwritten(self, after: State) -> State:
-        return {self.source: after[self.source], self.target: torch.zeros_like(after[self.target])}
+        return {**after, self.target: torch.zeros_like(after[self.target])}
 
     def undo(self, after: State, redone: State) -> State:
-        return {self.source: after[self.source], self.target: after[self.target] - redone[self.target]}
+        return {**after, self.target: after[self.target] - redone[self.target]}
 
     def peek(self, state: State) -> Tensor:
         """What the model would end with here."""
-        return (state["x1"] + state["x2"]) / 2
+        return mean(state, self.reads)
 
     def add(self, state: State, x_BTD: Tensor) -> State:
         x_BTD = self.rounded(x_BTD)
-        return {**state, "x1": state["x1"] + x_BTD, "x2": state["x2"] + x_BTD}
+        return {**state, **{name: state[name] + x_BTD for name in self.reads}}
 
 
-class TwoStreamCloser(Closer):
+class MeanCloser(Closer):
     """The mean of the streams."""
 
-    reads = ("x1", "x2")
+    def __init__(self, streams: tuple[str, ...]) -> None:
+        super().__init__()
+        self.reads = streams
 
     def forward(self, state: State) -> Tensor:
-        return (state["x1"] + state["x2"]) / 2
+        return mean(state, self.reads)
+
+
+def mean(state: State, streams: tuple[str, ...]) -> Tensor:
+    return functools.reduce(torch.add, (state[name] for name in streams)) / len(streams)

@@ -80,5 +80,5 @@ class LimitedRouter(TopKRouter):
 class DeepSeekV2(LimitedRouter):
     def route(self, logits_BTE: Tensor, side: Side) -> Routing:
         probs_BTE = logits_BTE.softmax(-1)
-        index_BTK = best(self.within_groups(probs_BTE.detach()), self.top_k)
+        index_BTK = side.choose(self, lambda: best(self.within_groups(probs_BTE.detach()), self.top_k))
         return Routing(logits_BTE, probs_BTE, index_BTK, probs_BTE.gather(-1, index_BTK) * self.scale)

@@ -62,7 +62,8 @@ class DeepSeekV3(LimitedRouter):
 
     def route(self, logits_BTE: Tensor, side: Side) -> Routing:
         scores_BTE = logits_BTE.sigmoid()
-        index_BTK = best(self.within_groups(scores_BTE.detach() + self.balance_bias), self.top_k)
+        ranking_BTE = scores_BTE.detach() + self.balance_bias
+        index_BTK = side.choose(self, lambda: best(self.within_groups(ranking_BTE), self.top_k))
         weights_BTK = normalized(scores_BTE.gather(-1, index_BTK)) * self.scale
         return Routing(logits_BTE, normalized(scores_BTE), index_BTK, weights_BTK)
 

@@ -45,11 +45,12 @@ class GShard(TopKRouter):
 
     def route(self, logits_BTE: Tensor, side: Side) -> Routing:
         probs_BTE = logits_BTE.softmax(-1)
-        index_BTK = best(probs_BTE, 2)
+        index_BTK = side.choose(self, lambda: best(probs_BTE, 2))
         weights_BTK = normalized(probs_BTE.gather(-1, index_BTK))
         keep_BTK = None
         if self.random_second and side.draws:
-            second_BT1 = uniform(side, "router_second", 1) < 2 * weights_BTK[..., 1:].detach()
+            chance_BT1 = uniform(side, "router_second", 1)
+            second_BT1 = side.choose(self, lambda: chance_BT1 < 2 * weights_BTK[..., 1:].detach())
             keep_BTK = torch.cat([torch.ones_like(second_BT1), second_BT1], dim=-1)
         choice_BTK = torch.arange(2, device=index_BTK.device).expand_as(index_BTK)
         return Routing(logits_BTE, probs_BTE, index_BTK, weights_BTK, keep_BTK, choice_BTK)

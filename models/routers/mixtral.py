@@ -30,6 +30,6 @@ class MixtralConfig(TopKConfig, kind="mixtral"):
 
 class Mixtral(TopKRouter):
     def route(self, logits_BTE: Tensor, side: Side) -> Routing:
-        index_BTK = best(logits_BTE, self.top_k)
+        index_BTK = side.choose(self, lambda: best(logits_BTE, self.top_k))
         weights_BTK = logits_BTE.gather(-1, index_BTK).softmax(-1)
         return Routing(logits_BTE, logits_BTE.softmax(-1), index_BTK, weights_BTK)

@@ -55,7 +55,7 @@ class MoARouter(TopKRouter):
 
     def route(self, logits_BTE: Tensor, side: Side) -> Routing:
         probs_BTE = logits_BTE.softmax(-1)
-        index_BTK = best(probs_BTE, self.top_k)
+        index_BTK = side.choose(self, lambda: best(probs_BTE, self.top_k))
         return Routing(logits_BTE, probs_BTE, index_BTK, probs_BTE.gather(-1, index_BTK))
 
     def balance_losses(self, routing: Routing, side: Side) -> tuple[dict[str, Tensor], Tensor]:

@@ -77,7 +77,7 @@ class NoisyRouter(Router):
         """Of the noise, [B, T, E] or what expands to it."""
         raise NotImplementedError
 
-    def weigh(self, clean_BTE: Tensor, noisy_BTE: Tensor) -> Routing:
+    def weigh(self, clean_BTE: Tensor, noisy_BTE: Tensor, side: Side) -> Routing:
         raise NotImplementedError
 
     def amounts(self, clean_BTE: Tensor, routing: Routing) -> Tensor:
@@ -90,7 +90,7 @@ class NoisyRouter(Router):
         if side.draws:
             deviation = self.deviation(x_BTD)
             noisy_BTE = clean_BTE + deviation * normal(side, "router_noise", self.num_experts)
-        routing = self.weigh(clean_BTE, noisy_BTE)
+        routing = self.weigh(clean_BTE, noisy_BTE, side)
         losses, load_E = self.balance_losses(routing, side)
         if self.importance_coef:
             amounts_BTE = self.amounts(clean_BTE, routing)
@@ -121,8 +121,8 @@ class NoisyTopK(NoisyRouter):
     def deviation(self, x_BTD: Tensor) -> Tensor:
         return F.softplus(F.linear(upcast(x_BTD), upcast(self.noise_weight)))
 
-    def weigh(self, clean_BTE: Tensor, noisy_BTE: Tensor) -> Routing:
-        index_BTK = best(noisy_BTE, self.top_k)
+    def weigh(self, clean_BTE: Tensor, noisy_BTE: Tensor, side: Side) -> Routing:
+        index_BTK = side.choose(self, lambda: best(noisy_BTE, self.top_k))
         weights_BTK = noisy_BTE.gather(-1, index_BTK).softmax(-1)
         return Routing(noisy_BTE, noisy_BTE.softmax(-1), index_BTK, weights_BTK)
 

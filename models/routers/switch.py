@@ -56,5 +56,5 @@ class Switch(TopKRouter):
 
     def route(self, logits_BTE: Tensor, side: Side) -> Routing:
         probs_BTE = logits_BTE.softmax(-1)
-        index_BTK = best(probs_BTE, 1)
+        index_BTK = side.choose(self, lambda: best(probs_BTE, 1))
         return Routing(logits_BTE, probs_BTE, index_BTK, probs_BTE.gather(-1, index_BTK))

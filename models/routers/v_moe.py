@@ -11,6 +11,7 @@ from torch import Tensor
 from models.ffn.routing import Router, Routing, best
 from models.params import upcast
 from models.routers.noisy_top_k import NoisyConfig, NoisyRouter
+from models.state import Side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,9 @@ class VMoE(NoisyRouter):
     def deviation(self, x_BTD: Tensor) -> Tensor:
         return upcast(x_BTD[:0]).new_full((), 1 / self.num_experts)
 
-    def weigh(self, clean_BTE: Tensor, noisy_BTE: Tensor) -> Routing:
+    def weigh(self, clean_BTE: Tensor, noisy_BTE: Tensor, side: Side) -> Routing:
         probs_BTE = noisy_BTE.softmax(-1)
-        index_BTK = best(probs_BTE, self.top_k)
+        index_BTK = side.choose(self, lambda: best(probs_BTE, self.top_k))
         weights_BTK = probs_BTE.gather(-1, index_BTK)
         choice_K = torch.arange(self.top_k, device=index_BTK.device)
         priority_BTK = choice_K - weights_BTK[..., :1].detach()

@@ -51,6 +51,7 @@ VARIANTS = {
     ("depth", "skip_middle_ungated_keys"),
     ("ffn", "moe_plus_plus_released"),
     ("residual", "mhc_per_stream"),
+    ("residual", "multi_split"),
     ("shortcut", "laurel_lr_pa"),
     ("shortcut", "laurel_pa"),
 }

@@ -37,6 +37,8 @@ BASE: Data = {
     "optim": {"kind": "adamw", "lr": 1.0},
 }
 NOTHING: Data = {}
+# What every kind of memory goes with.
+UNDONE: Data = {"model": {"residual": {"kind": "reversible"}}}
 # What goes when a slot is filled that stands in its place.
 WITHOUT: dict[Keys, Data] = {("data", "task"): {"data": {"train": None}}}
 # At the edges of 32 and 64 bits, where a product with another size passes them, and what rules tend to forget.
@@ -126,7 +128,7 @@ def test_the_walk_finds_the_numbers() -> None:
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
 def test_one_number(folder: Path, number: Number) -> None:
     """A refusal is one sentence and leads to the number: by name, or as the size of what it would make."""
-    chosen = merge(BASE, number.choice)
+    chosen = merge(merge(BASE, UNDONE if number.keys[0] == "memory" else NOTHING), number.choice)
     if number is first_of(number.choice):
         assert refusal(folder, chosen) is None
     for value in WHOLE if number.whole else REAL:

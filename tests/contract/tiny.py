@@ -118,6 +118,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "denseformer": ({"dilation": 2, "period": 2}, {"period": 3}),
     "ladder": ({"layers": [1, 2]}, {"layers": [3]}),
     "reversible": ({"grid_bits": 44}, {"grid_bits": 20}),
+    "multi_split": ({"streams": 2, "grid_bits": 44}, {"streams": 5}),
     "resformer": ({"lambda1": 2.0, "lambda2": 0.3},),
     "resformer_sparse": ({"layers": [1, 2], "lambda2": 0.5},),
     "resformer_plus": ({"lambda2": 1.0},),

@@ -65,7 +65,7 @@ def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> d
             module, layer_params(params, layer, config), (x_BTD, state, Side(ids, ids)), strict=True
         )
         state = result.writes
-        routing = module.select(state[LOGITS].flatten(0, 1))
+        routing = module.select(state[LOGITS].flatten(0, 1), Side(ids, ids))
         outs[f"y{layer + 1}"] = result.out_BTD
         outs[f"router_logits{layer + 1}"] = state[LOGITS].flatten(0, 1)
         outs[f"topk_index{layer + 1}"] = routing.index_BTK

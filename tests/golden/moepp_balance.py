@@ -26,7 +26,7 @@ def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> d
     side = Side(ids, ids)
     identity = {"router.weight": torch.eye(ffn + free, dtype=torch.float64)}
     loss = functional_call(module, identity, (x_BTD, {}, side)).losses["load_balance"]
-    routing = module.select(x_BTD)
+    routing = module.select(x_BTD, side)
     assert module.room is not None
     kept = torch.zeros(tokens, ffn + free, dtype=torch.float64)
     kept.scatter_(1, routing.index_BTK[0], module.room(routing, side)[0].double())

@@ -193,7 +193,7 @@ def test_only_picks_of_ffn_experts_are_permuted_and_multiplied(capacity: float |
     module.dispatch = dispatch
     with mock.patch.object(experts_file, "grouped_mm", product):
         module(x, {}, side)
-    index = module.select(module.router(x)).index_BTK
+    index = module.select(module.router(x), side).index_BTK
     late = without_room(config, index.tolist(), side.valid_BT.tolist(), capacity) if capacity else set()
     padding = capacity is not None  # where room is limited, padding takes none
     wanted = [
@@ -231,7 +231,7 @@ def test_room_equals_a_queue_at_every_expert(group: Any) -> None:
     module, x = chain(config, shape[2])[0], inputs(shape)
     side = side_of(shape).with_keys(torch.arange(shape[0]))
     result, valid = module(x, {}, side), side.valid_BT
-    index = module.select(module.router(x)).index_BTK
+    index = module.select(module.router(x), side).index_BTK
     late = without_room(config, index.tolist(), valid.tolist(), 0.8)
     out, _, loss, load = oracle(module, x, None, valid.tolist(), late)
     experts = [e for _, _, e in late]
@@ -283,7 +283,7 @@ def test_released_gating_on_scaled_logits() -> None:
     module, x, side = chain(config, 4)[0], inputs((1, 5, 4)), side_of((1, 5, 4))
     logits = module(x, {}, side).writes[LOGITS]
     torch.testing.assert_close(logits, module.router(x))
-    routing = module.select(logits)
+    routing = module.select(logits, side)
     torch.testing.assert_close(routing.logits_BTE.std(-1), torch.full((1, 5), 0.5, dtype=torch.float64))
     top = routing.logits_BTE.sort(-1, descending=True).values[..., :2]
     torch.testing.assert_close(routing.weights_BTK, top.exp() / top.exp().sum(-1, keepdim=True))

@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.lm import LM
+from models.params import initialize
 from models.residual.fixed_point import check_bits, on_grid
 from models.residual.midpoint import MidpointResidual
+from models.residual.multi_split import MultiSplitResidual
 from models.residual.reversible import ReversibleResidual
 from models.state import State
 from tests.connections import apply, causal_mean, context
+from tests.contract.tiny import build
 
 
 def test_reversible_streams_on_a_grid_are_restored_bit_for_bit() -> None:
@@ -35,6 +39,33 @@ def test_reversible_streams_on_a_grid_are_restored_bit_for_bit() -> None:
     for connection, branch in reversed(steps):
         state = connection.undo(state, apply(connection, {}, connection.unwritten(state), branch))
     assert torch.equal(state["x1"], first["x1"]) and torch.equal(state["x2"], first["x2"])
+
+
+@pytest.mark.parametrize("streams", [2, 3, 5])
+def test_multi_split_changes_streams_in_turn(streams: int) -> None:
+    """Y_k = X_k + G_k(max of X_{i>k}, Y_{i<k}) (arXiv 2105.14669), over branches rather than over one layer."""
+    kind, depth, width = MultiSplitResidual(streams=streams), 4, 8
+    layers, places = midpoint_layers(depth, width, torch.float64), [context(width, i, depth) for i in range(depth)]
+    first = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    state, expected, turn = kind.open(width)(first), [first] * streams, 0
+    for place, (mixer, ffn) in zip(places, layers, strict=True):
+        connections = (kind.connect(place, "mixer", nn.Identity()), kind.connect(place, "ffn", nn.Identity()))
+        for connection, branch in zip(connections, (mixer, ffn), strict=True):
+            state = apply(connection, {}, state, branch)
+            others = torch.stack(expected[:turn] + expected[turn + 1 :])
+            expected[turn] = expected[turn] + branch(others.amax(0))
+            turn = (turn + 1) % streams
+    for number, stream in enumerate(expected, 1):
+        torch.testing.assert_close(state[f"x{number}"], stream, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(kind.close(width, depth)(state), sum(expected) / streams, rtol=1e-13, atol=1e-13)
+
+
+def test_two_split_streams_are_the_reversible_residual() -> None:
+    plain, split = (LM(build(residual=kind)) for kind in ("reversible", {"kind": "multi_split", "streams": 2}))
+    for model in (plain, split):
+        initialize(model.double(), 0)
+    tokens_BT = torch.arange(12).view(2, 6)
+    assert torch.equal(plain(tokens_BT).logits, split(tokens_BT).logits)
 
 
 def midpoint_layers(depth: int, width: int, dtype: torch.dtype) -> list[tuple[Any, Any]]:

@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch.cli import main
 from models.ffn.moe import MoEConfig
+from models.memory.reversible import ReversibleConfig
+from models.residual.reversible import ReversibleResidual
 from parallel.mesh import Mesh
 from tests.trainer import runs
 from trainer import metrics
@@ -64,6 +66,14 @@ def test_a_run_with_experts_reports_their_loads(data: Path, tmp_path: Path) -> N
     loads = metrics.read(tmp_path / "run")[-1]
     assert all(1 <= loads[f"experts/layers.{index}"] <= 4 for index in range(2))
     assert all(0.2 <= loads[f"dropped/layers.{index}"] < 1 for index in range(2)), "a fifth finds no room at best"
+
+
+def test_drift_is_reported_and_warned_of_once(data: Path, tmp_path: Path) -> None:
+    config = runs.run_config(data, tmp_path / "run", steps=3)
+    model = dataclasses.replace(config.model, residual=ReversibleResidual())
+    _, said = runs.run(dataclasses.replace(config, model=model, memory=ReversibleConfig(alarm=1e-12)))
+    assert 1e-12 < metrics.read(tmp_path / "run")[-1]["memory/drift"] < 1e-5
+    assert said.count("above its alarm of 1.0e-12") == 1
 
 
 def test_the_profiler_writes_a_trace_of_its_steps(data: Path, tmp_path: Path) -> None:
