@@ -1,7 +1,5 @@
 """A model that was read from elsewhere as the folder of a run at step 0, for every command that takes a run."""
 
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from models.lm import LM
 from trainer import checkpoint
 from trainer.checkpoint import FOLDER, Checkpoint
 from trainer.config import RunConfig
+from trainer.newfolder import refuse_taken, staged
 from trainer.runfolder import CONFIG
 from trainer.state import RunState
 
@@ -36,13 +35,9 @@ def import_model(source: Path, out: Path, verify: bool = True) -> Read:
     verify: compare the logits with those of transformers. Raises ValueError for what cannot be read, RuntimeError where
     the logits differ; `out` does not exist then.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; import to a new one, or remove it")
+    refuse_taken(out, "import")
     read = read_model(source)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = out.absolute().parent / f".{out.absolute().name}.{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
+    with staged(out) as folder:
         tokenizer = None
         if has_tokenizer(source):
             tokenizer = str(out / "tokenizer")
@@ -56,10 +51,6 @@ def import_model(source: Path, out: Path, verify: bool = True) -> Read:
         (folder / CONFIG).write_text(head + dump_yaml(to_plain(config)), encoding="utf-8")
         if verify:
             compare(read, source)
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
     return read
 
 
