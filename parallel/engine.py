@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.buffers import reset_buffers
 from models.config import LMConfig
-from models.lm import LM
+from models.lm import LM, Output
 from models.loss import IGNORE
 from models.memory.base import MemoryConfig
 from models.memory.none import NoneConfig
@@ -180,6 +180,10 @@ class Engine:
             x.zero_()
         return self.mesh.stage.sum_(x)
 
+    def forward(self, side: dict[str, Tensor]) -> Output:
+        """One micro-batch of training without a pipeline."""
+        return pipeline.forward(self.models[0], side)
+
     def _local(self, batch: Batch, micro_batches: int, scale: float) -> pipeline.Record:
         model, record = self.models[0], pipeline.Record()
         chunks = {name: x.chunk(micro_batches) for name, x in batch.side().items()}
@@ -187,7 +191,7 @@ class Engine:
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(index == micro_batches - 1)
             side = {name: parts[index] for name, parts in chunks.items()}
-            out = pipeline.forward(model, side)
+            out = self.forward(side)
             assert out.loss is not None
             (out.loss * scale).backward()
             record.add(out)
