@@ -4,7 +4,8 @@ Shape suffixes: B batch, T sequence, D model width, H heads, K key and V value w
 """
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -237,13 +238,15 @@ class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
     takes_shortcut: there is one identity path, which the shortcut's module can act on. starts_plain: with its initial
     parameters it computes what plain does, but for the scale that the last norm reads. one_norm: one for both branches.
     steps: the branches of a layer that can be undone together, in order; none of a residual that cannot be undone.
-    exact: undoing gives what was there, bit for bit.
+    exact: undoing gives what was there, bit for bit. converted: its settings where a model that was trained with plain
+    is given it.
     """
 
     takes_shortcut: ClassVar[bool] = True
     starts_plain: ClassVar[bool] = False
     one_norm: ClassVar[bool] = False
     steps: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    converted: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @property
     def exact(self) -> bool:

@@ -225,6 +225,9 @@ def save(folder: Path, about: Checkpoint, pieces: Mapping[str, Piece], group: di
             # What is left of it may be what fills the disk.
             shutil.rmtree(staging, ignore_errors=True)
         rank, (reason, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        if not isinstance(reason, Exception):
+            # Ctrl-C, which is no failure of the save.
+            raise reason from None
         where = f" on rank {rank}" if group is not None and dist.get_world_size(group) > 1 else ""
         raise OSError(f"{sentence(reason)}{where}") from reason
 

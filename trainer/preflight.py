@@ -37,7 +37,13 @@ from trainer.runfolder import CONFIG
 
 def load_run(file: str, overrides: Iterable[str] = ()) -> RunConfig:
     """The config, if its model can be built and its mesh can hold it; nothing is allocated. Raises ConfigError."""
-    config = parse(RunConfig, load(file, overrides))
+    config: RunConfig = parse(RunConfig, load(file, overrides))
+    refuse_run(config)
+    return config
+
+
+def refuse_run(config: RunConfig) -> None:
+    """Raise ConfigError where the model cannot be built, or the mesh cannot hold it; nothing is allocated."""
     refuse_model(config.model)
     try:
         config.model.residual.check_dtype(getattr(torch, config.train.dtype))
@@ -56,7 +62,6 @@ def load_run(file: str, overrides: Iterable[str] = ()) -> RunConfig:
     except ValueError as error:
         raise at("memory", str(error)) from error
     refuse_patterns(config.model, config.optim.patterns())
-    return config
 
 
 def load_model(file: str, overrides: Iterable[str] = ()) -> LMConfig:

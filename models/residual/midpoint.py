@@ -4,6 +4,7 @@ Shape suffixes: B batch, T sequence, D model width.
 """
 
 import dataclasses
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -27,6 +28,7 @@ class MidpointResidual(GridConfig, kind="midpoint"):
     step: float = 0.25
 
     steps = (("mixer", "ffn"),)
+    converted = MappingProxyType({"step": 0.5})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,7 +47,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 ALL = (
-    "bench, check, ckpt, config, coord-check, data, eval, export, generate, import, launch, plan, plugins, "
+    "bench, check, ckpt, config, convert, coord-check, data, eval, export, generate, import, launch, plan, plugins, "
     "prepare, train"
 )
 
