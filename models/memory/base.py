@@ -20,12 +20,21 @@ if TYPE_CHECKING:
 class MemoryConfig(Plugin, slot="memory", folder="models.memory"):
     """How much of a layer's forward pass is kept.
 
-    splits_backward: gradients of inputs may be taken before those of weights, in passes of their own. uncompiled: why
-    layers cannot be compiled, if they cannot.
+    by_layer: other layers may be kept otherwise. saves: what it keeps is what autograd saves.
     """
 
-    splits_backward: ClassVar[bool] = True
-    uncompiled: ClassVar[str] = ""
+    by_layer: ClassVar[bool] = True
+    saves: ClassVar[bool] = False
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of inputs may be taken before those of weights, in passes of their own."""
+        return True
+
+    @property
+    def uncompiled(self) -> str:
+        """Why layers cannot be compiled, if they cannot."""
+        return ""
 
     def refuse(self, model: LM) -> None:
         """Raise ValueError for a model whose activations it cannot do without. model: whole, perhaps without data."""

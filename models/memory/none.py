@@ -15,5 +15,7 @@ if TYPE_CHECKING:
 class NoneConfig(MemoryConfig, kind="none"):
     """Nothing is computed twice: the fastest, while memory lasts."""
 
+    saves = True
+
     def keepers(self, layers: "list[Layer]", config: LMConfig) -> list[Keeper]:
         return [Keeper() for _ in layers]

@@ -28,11 +28,16 @@ class ReversibleConfig(MemoryConfig, kind="reversible"):
 
     alarm: float = 1e-3
 
-    splits_backward = False
-    uncompiled = "which may round otherwise when they are run again with gradients"
-
     def __post_init__(self) -> None:
         above_zero(self, "alarm", hint=", and 1e-3 is usual")
+
+    @property
+    def splits_backward(self) -> bool:
+        return False
+
+    @property
+    def uncompiled(self) -> str:
+        return "which may round otherwise when they are run again with gradients"
 
     def refuse(self, model: "LM") -> None:
         residual = model.config.residual

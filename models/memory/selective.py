@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 class SelectiveConfig(MemoryConfig, kind="selective"):
     """Kept are the results of what a layer's mixer and FFN name in `costly`; all else is computed again."""
 
-    uncompiled = "whose operators have no names left by which results could be kept"
+    @property
+    def uncompiled(self) -> str:
+        return "whose operators have no names left by which results could be kept"
 
     def keepers(self, layers: "list[Layer]", config: LMConfig) -> list[Keeper]:
         return [Selective(layer) for layer in layers]

@@ -25,6 +25,8 @@ class SqrtConfig(MemoryConfig, kind="sqrt"):
     equal layers about sqrt(L) stretches, and memory that grows by the root of depth, for one more forward pass.
     Stretches follow from the layers' sizes, which are measured without data at the batch's shape."""
 
+    by_layer = False
+
     def keepers(self, layers: "list[Layer]", config: LMConfig) -> list[Keeper]:
         return [Keeper() for _ in layers]
 

@@ -100,7 +100,7 @@ class Call:
         self.keeper, self.layer, self._side, self._local = keeper, layer, side, local
         self.number = keeper.chain.passes
         connections = layer.mixer.connection, layer.ffn.connection
-        own = {entry.name for connection in connections for entry in connection.writes}
+        own = {name for connection in connections for name in connection.reads}
         read = {name for names, _ in layer.events() for name in names}
         self.streams = tuple(name for name in state if name in own)
         self.taken = tuple(name for name in state if name in own | read)
@@ -126,7 +126,7 @@ class Call:
         if self.drift is not None:
             self.inputs = {name: given[name].detach() for name in self.streams}
         if self.keeper.last:
-            self.behind = {name: kept[name].detach() for name in self.streams}
+            self.behind = {name: state[name].detach() for name in self.streams}
         return *kept.values(), *self.extras.losses.values()
 
     def both(self, choices: Choose) -> tuple[Side, Side]:
