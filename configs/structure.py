@@ -16,18 +16,22 @@ def is_slot(annotation: Any) -> bool:
     return isinstance(annotation, type) and hasattr(annotation, "of_kind") and not hasattr(annotation, "kind")
 
 
-def slots_in(annotation: Any) -> Iterator[Any]:
-    """Every slot that a config of this type can hold, in the order of its fields; those inside its kinds follow it."""
+def slots_in(annotation: Any, around: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """Every slot that a config of this type can hold, in the order of its fields; those inside its kinds follow it.
+
+    around: slots that it stands in, whose kinds may hold one of their own and are not gone through again.
+    """
     if is_slot(annotation):
-        yield annotation
-        for cls in annotation.kinds().values():
-            yield from slots_in(cls)
+        if annotation not in around:
+            yield annotation
+            for cls in annotation.kinds().values():
+                yield from slots_in(cls, (*around, annotation))
     elif dataclasses.is_dataclass(annotation):
         hints = typing.get_type_hints(annotation)
         for field in dataclasses.fields(annotation):
-            yield from slots_in(hints[field.name])
+            yield from slots_in(hints[field.name], around)
     for argument in typing.get_args(annotation):
-        yield from slots_in(argument)
+        yield from slots_in(argument, around)
 
 
 def is_union(annotation: Any) -> bool:
