@@ -49,6 +49,11 @@ def refuse_memory(config: LMConfig, mesh: MeshConfig, memory: MemoryConfig, comp
             f"memory {memory.kind} does not go with compiled layers, {memory.uncompiled}; leave compile out, or use "
             "memory full"
         )
+    if memory.ahead and mesh.shard > 1:
+        raise ValueError(
+            f"memory {memory.kind} runs a layer again before FSDP has gathered its parameters, and the mesh shards "
+            f"them over {mesh.shard} ranks; use another memory, or a mesh without fsdp"
+        )
     if mesh.splits_backward and not memory.splits_backward:
         raise ValueError(
             f"schedule {mesh.schedule} takes gradients of inputs and of weights in passes of their own, and memory "

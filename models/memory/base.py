@@ -32,6 +32,11 @@ class MemoryConfig(Plugin, slot="memory", folder="models.memory"):
         return True
 
     @property
+    def ahead(self) -> bool:
+        """Whether layers run again before their own backward pass begins."""
+        return False
+
+    @property
     def uncompiled(self) -> str:
         """Why layers cannot be compiled, if they cannot."""
         return ""

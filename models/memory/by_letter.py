@@ -43,6 +43,10 @@ class ByLetterConfig(MemoryConfig, kind="by_letter"):
         return all(kind.splits_backward for kind in self.kinds_used())
 
     @property
+    def ahead(self) -> bool:
+        return any(kind.ahead for kind in self.kinds_used())
+
+    @property
     def uncompiled(self) -> str:
         return next((kind.uncompiled for kind in self.kinds_used() if kind.uncompiled), "")
 

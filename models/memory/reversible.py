@@ -44,22 +44,22 @@ class ReversibleConfig(MemoryConfig, kind="reversible"):
         if not residual.steps:
             fits = type(residual).such_as(lambda kind: bool(kind.steps))
             raise ValueError(
-                f"memory reversible undoes layers, and residual {residual.kind} cannot be undone; use one that "
+                f"memory {self.kind} undoes layers, and residual {residual.kind} cannot be undone; use one that "
                 f"can{fits}, or memory full"
             )
         for layer in model.blocks:
             depth = layer.depth
             if depth.peeks or depth.reads or depth.writes or depth.has_losses:
                 raise ValueError(
-                    f"memory reversible undoes layers from their outputs, and depth {model.config.depth.kind} looks at "
-                    "their inputs; use depth full, or memory full"
+                    f"memory {self.kind} undoes layers from their outputs, and depth {model.config.depth.kind} looks "
+                    "at their inputs; use depth full, or memory full"
                 )
             earlier: set[str] = set()
             for step in residual.steps:
                 parts = [getattr(layer, role) for role in step]
                 if crossing := earlier & {name for part in parts for name in part.branch.reads}:
                     raise ValueError(
-                        f"memory reversible undoes a layer's branches in turn, and one of layer {layer.index} reads "
+                        f"memory {self.kind} undoes a layer's branches in turn, and one of layer {layer.index} reads "
                         f"{sorted(crossing)[0]!r}, which another writes in the same layer; use memory full"
                     )
                 earlier |= {entry.name for part in parts for entry in part.branch.writes}
@@ -67,9 +67,15 @@ class ReversibleConfig(MemoryConfig, kind="reversible"):
     def keepers(self, layers: "list[Layer]", config: LMConfig) -> list[Undone]:
         made: list[Undone] = []
         for _, group in itertools.groupby(enumerate(layers), key=lambda item: item[1].index - item[0]):
-            chain, count = Chain(config.residual.steps, config.residual.exact), len(list(group))
-            made += [Undone(chain, place, last=place == count - 1) for place in range(count)]
+            chain, count = self.chain(config.residual.steps, config.residual.exact), len(list(group))
+            made += [self.keeper(chain, place, last=place == count - 1) for place in range(count)]
         return made
+
+    def chain(self, steps: tuple[tuple[str, ...], ...], exact: bool) -> Chain:
+        return Chain(steps, exact)
+
+    def keeper(self, chain: Chain, index: int, last: bool) -> Undone:
+        return Undone(chain, index, last)
 
     def report(self, stats: Mapping[str, Tensor]) -> dict[str, float]:
         """{"drift": relative error of the state that was rebuilt last, of the stage where it is largest}."""

@@ -8,6 +8,7 @@ there while it runs and no longer, the parameters' gradients arrive as in any ba
 """
 
 import dataclasses
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,12 +58,16 @@ class Undone(Keeper):
         if not self.index:
             self.chain.passes += 1
         call = Call(self, layer, state, side, local)
+        self.called(call)
         made = _Undone.apply(call, *(state[name] for name in call.taken), *call.parameters)
         written = dict(zip(call.written, made, strict=False))
         losses = dict(zip(call.losses, made[len(written) :], strict=True))
         assert call.extras is not None
         stats = call.extras.stats if call.drift is None else {**call.extras.stats, DRIFT: call.drift}
         return {**state, **written}, call.extras._replace(losses=losses, stats=stats)
+
+    def called(self, call: "Call") -> None:
+        """In each forward pass."""
 
     def backward(self, call: "Call", gradients: tuple[Tensor | None, ...]) -> "Gradients":
         """Of the call's entries and parameters, from those of what it wrote and of its losses."""
@@ -71,13 +76,13 @@ class Undone(Keeper):
         for step in reversed(self.chain.steps):
             again, after = call.undo(step, after)
             found.add(again)
-        self.hand_on(call, after)
+        if self.index:
+            self.chain.put(call.number, self.index - 1, after)
+        self.measure(call, after)
         return found
 
-    def hand_on(self, call: "Call", before: State) -> None:
+    def measure(self, call: "Call", before: State) -> None:
         """before: the rebuilt state in front of the layer."""
-        if self.index:
-            self.chain.put(call.number, self.index - 1, before)
         if call.drift is not None:
             call.drift.copy_(difference(call.inputs, before))
 
@@ -93,7 +98,8 @@ class Again(NamedTuple):
 class Call:
     """One forward pass of a layer. taken: the entries that it takes, of which `streams` are computed back. written:
     what it hands on. sides: the taken entries that are kept; inputs, behind: streams that are, where there is need.
-    drift: what `difference` says, once the backward pass is there; None where it would be 0.
+    drift: what `difference` says, once the backward pass is there; None where it would be 0. before: the call of the
+    layer in front, where its turn is prepared.
     """
 
     def __init__(self, keeper: Undone, layer: "Layer", state: State, side: Side, local: Side) -> None:
@@ -109,6 +115,7 @@ class Call:
         self.extras: Extras | None = None
         self.parameters = visible(layer)
         self.choices = Choices()
+        self.before: weakref.ref[Call] | None = None
         self.sides: State = {}
         self.inputs: State = {}
         self.behind: State = {}

@@ -11,8 +11,9 @@ from torch import Tensor
 from models.ffn.routing import RouterConfig
 from models.layer import Layer
 from models.lm import LM
+from models.memory.pareprop import PaRepropConfig
 from models.memory.reversible import ReversibleConfig
-from models.memory.undone import Call
+from models.memory.undone import Again, Call, Gradients
 from models.mixers.lsh import LSH
 from models.residual.fixed_point import GridConfig
 from models.state import State
@@ -69,6 +70,24 @@ def test_hashes_are_those_of_the_forward_pass() -> None:
     with mock.patch.object(LSH, "codes", autospec=True, side_effect=LSH.codes) as codes:
         step(built)
     assert codes.call_count == 2 * len(built.config.expanded)
+
+
+def test_a_layer_runs_again_before_the_gradients_of_the_one_behind() -> None:
+    events: list[str] = []
+    undo, add = Call.undo, Gradients.add
+
+    def undone(self: Call, part: tuple[str, ...], after: State) -> Any:
+        events.append(f"again {self.layer.index}")
+        return undo(self, part, after)
+
+    def added(self: Gradients, again: Again) -> None:
+        events.append(f"gradients {self.call.layer.index}")
+        add(self, again)
+
+    built = Engine(build(3, residual="midpoint"), Mesh.single(), seed=0, memory=PaRepropConfig())
+    with mock.patch.object(Call, "undo", undone), mock.patch.object(Gradients, "add", added):
+        built.step_gradients(check.make_batch(built.config, MeshConfig(), check.Settings()), 1)
+    assert events == ["again 2", "again 1", "gradients 2", "again 0", "gradients 1", "gradients 0"]
 
 
 def drift(built: Engine) -> float:
