@@ -73,7 +73,7 @@ def nested(keys: Keys, value: Any) -> Data:
 def numbers(annotation: Any, keys: Keys = (), kind: str = "", choice: Data = NOTHING) -> Iterator[Number]:
     """Every place for a number in a config of this type, with every kind in every slot, but for slots in themselves."""
     bare = without_none(annotation)
-    if is_slot(bare) and bare.slot in keys:
+    if is_slot(bare) and bare.slot in keys[:-1]:
         return
     if is_slot(bare):
         for name, cls in bare.kinds().items():
