@@ -1,5 +1,6 @@
 """One thread, and one pool of gloo processes, for the whole run."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ from parallel.testing import Pool
 
 # Tests are small: threads that wait for one another on a busy machine made some of them 15 times as long.
 torch.set_num_threads(1)
+# A shell starts what it runs in the background with Ctrl-C ignored, which the runs that tests interrupt would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
