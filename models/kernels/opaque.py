@@ -18,7 +18,7 @@ def opaque(function: Callable[..., Result]) -> Callable[..., Result]:
     function itself, run without data, tells the compiler of them.
     """
     namespace, name = re.sub(r"\W", "_", function.__module__), function.__name__.strip("_")
-    operator = torch.library.custom_op(f"{namespace}::{name}", function, mutates_args=())
+    operator = torch.library.custom_op("::".join((namespace, name)), function, mutates_args=())
     operator.register_fake(function)
 
     @functools.wraps(function)
