@@ -61,11 +61,12 @@ class ByLetterConfig(MemoryConfig, kind="by_letter"):
 
     def keepers(self, layers: "list[Layer]", config: LMConfig) -> list[Keeper]:
         letters = config.pattern * config.repeat
+        kinds = {layer.index: self.letters.get(letters[layer.index], self.others) for layer in layers}
         made: dict[int, Keeper] = {}
-        for letter in dict.fromkeys(letters):
-            own = [layer for layer in layers if letters[layer.index] == letter]
-            kept = self.letters.get(letter, self.others).keepers(own, config)
-            made |= zip((layer.index for layer in own), kept, strict=True)
+        # Letters of one memory are kept together, as layers that follow one another and are undone.
+        for kind in dict.fromkeys(kinds.values()):
+            own = [layer for layer in layers if kinds[layer.index] == kind]
+            made |= zip((layer.index for layer in own), kind.keepers(own, config), strict=True)
         return [made[layer.index] for layer in layers]
 
     def report(self, stats: Mapping[str, Tensor]) -> dict[str, float]:

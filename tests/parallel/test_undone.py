@@ -11,16 +11,17 @@ from torch import Tensor
 from models.ffn.routing import RouterConfig
 from models.layer import Layer
 from models.lm import LM
+from models.memory.by_letter import ByLetterConfig
 from models.memory.pareprop import PaRepropConfig
 from models.memory.reversible import ReversibleConfig
-from models.memory.undone import Again, Call, Gradients
+from models.memory.undone import DRIFT, Again, Call, Gradients
 from models.mixers.lsh import LSH
 from models.residual.fixed_point import GridConfig
 from models.state import State
 from parallel import check
 from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
-from tests.contract.tiny import build
+from tests.contract.tiny import build, plain
 
 EXPERTS = {
     **{kind: {"kind": "moe", "num_experts": 4, "hidden": 8, "router": {"kind": kind, **cls.example},
@@ -88,6 +89,15 @@ def test_a_layer_runs_again_before_the_gradients_of_the_one_behind() -> None:
     with mock.patch.object(Call, "undo", undone), mock.patch.object(Gradients, "add", added):
         built.step_gradients(check.make_batch(built.config, MeshConfig(), check.Settings()), 1)
     assert events == ["again 2", "again 1", "gradients 2", "again 0", "gradients 1", "gradients 0"]
+
+
+def test_letters_of_one_memory_are_undone_together() -> None:
+    """One chain, whose first layer alone measures."""
+    layer = {"mixer": plain("mixer", "attention"), "ffn": plain("ffn", "swiglu")}
+    config = build(2, pattern="AB", layers={"A": layer, "B": layer}, residual="reversible")
+    memory = ByLetterConfig({"A": ReversibleConfig(), "B": ReversibleConfig()})
+    found = step(Engine(config, Mesh.single(), seed=0, dtype=torch.float64, memory=memory)).statistics
+    assert [name for name in found if name.endswith(DRIFT)] == [f"layers.0.{DRIFT}"]
 
 
 def drift(built: Engine) -> float:
