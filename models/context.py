@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from torch import nn
 
@@ -33,6 +33,10 @@ class LayerContext:
     scaling: "ScalingConfig | None" = None
     pool: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     repeats: int = 1
+
+    def sublayer(self, branch: Literal["mixer", "ffn"]) -> int:
+        """The number of this layer's branch among those of all layers, mixer and FFN in turn."""
+        return 2 * self.index + (branch == "ffn")
 
     @property
     def num_layers(self) -> int:

@@ -34,7 +34,7 @@ class StaticHyperConnections(ResidualConfig, kind="hyper_static"):
         at_least(self, 1, "streams")
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
-        return StaticHyper(ctx.d_model, self.streams, sublayer_index(ctx, branch))
+        return StaticHyper(ctx.d_model, self.streams, ctx.sublayer(branch))
 
     def open(self, d_model: int) -> Opener:
         return StreamOpener(d_model, self.streams)
@@ -64,17 +64,13 @@ class HyperConnections(StaticHyperConnections, kind="hyper"):
         above_zero(self, "norm_eps", hint=", and 1e-5 is usual")
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
-        return DynamicHyper(self, ctx.d_model, sublayer_index(ctx, branch))
+        return DynamicHyper(self, ctx.d_model, ctx.sublayer(branch))
 
 
 def stream_sums(streams: int, d_model: int) -> float:
     """FLOPs per token of a branch's input from n streams (2 n D), of their mix (2 n^2 D) and of what the branch adds to
     each of them (2 n D)."""
     return 2 * streams * (streams + 2) * d_model
-
-
-def sublayer_index(ctx: LayerContext, branch: Literal["mixer", "ffn"]) -> int:
-    return 2 * ctx.index + (branch == "ffn")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.context import LayerContext
 from models.limits import at_least
 from models.params import Constant, declare, upcast
-from models.residual.hyper import HyperConnections, stream_sums, sublayer_index
+from models.residual.hyper import HyperConnections, stream_sums
 from models.residual.stream_norm import stream_norm
 from models.slots import Connection
 from models.state import Entry, State, Views
@@ -39,7 +39,7 @@ class FractionalHyperConnections(HyperConnections, kind="hyper_fractional"):
             raise ValueError(
                 f"d_model {ctx.d_model} is not a multiple of fractions {self.fractions}; change one of them"
             )
-        return FractionalHyper(self, ctx.d_model, sublayer_index(ctx, branch))
+        return FractionalHyper(self, ctx.d_model, ctx.sublayer(branch))
 
 
 @dataclasses.dataclass(frozen=True)

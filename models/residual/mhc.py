@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.context import LayerContext
 from models.limits import above_zero, at_least
 from models.params import Constant, declare, upcast
-from models.residual.hyper import StreamCloser, StreamOpener, stream_sums, sublayer_index
+from models.residual.hyper import StreamCloser, StreamOpener, stream_sums
 from models.residual.sinkhorn import sinkhorn
 from models.residual.stream_norm import OffsetRMSNorm
 from models.slots import Closer, Connection, Opener, ResidualConfig
@@ -64,7 +64,7 @@ class ManifoldHyperConnections(ManifoldConfig, kind="mhc"):
         at_least(self, 1, "iterations", hint=", and 20 is usual")
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
-        return FlatHyper(self, ctx.d_model, sublayer_index(ctx, branch))
+        return FlatHyper(self, ctx.d_model, ctx.sublayer(branch))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.params import declare
-from models.residual.hyper import sublayer_index
 from models.residual.mhc import FAR, ManifoldConfig, ManifoldHyper, ManifoldHyperConnections, OneStreamReads
 from models.slots import Connection
 
@@ -36,7 +35,7 @@ class LiteManifoldHyperConnections(ManifoldConfig, kind="mhc_lite"):
             )
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
-        return LiteHyper(self, ctx.d_model, sublayer_index(ctx, branch))
+        return LiteHyper(self, ctx.d_model, ctx.sublayer(branch))
 
 
 def permutations(streams: int, device: torch.device) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.residual.hyper import sublayer_index
 from models.residual.mhc import ManifoldHyperConnections, SinkhornHyper
 from models.slots import Connection
 
@@ -23,7 +22,7 @@ class PerStreamManifoldHyperConnections(ManifoldHyperConnections, kind="mhc_per_
     """
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
-        return PerStreamHyper(self, ctx.d_model, sublayer_index(ctx, branch))
+        return PerStreamHyper(self, ctx.d_model, ctx.sublayer(branch))
 
 
 class PerStreamHyper(SinkhornHyper):

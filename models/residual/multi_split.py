@@ -10,7 +10,6 @@ from torch import nn
 
 from models.context import LayerContext
 from models.residual.fixed_point import CopiesOnGrid, GridConfig
-from models.residual.hyper import sublayer_index
 from models.residual.reversible import Coupling, MeanCloser
 from models.slots import Closer, Connection, Opener
 
@@ -42,7 +41,7 @@ class MultiSplitResidual(GridConfig, kind="multi_split"):
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         names = self.names()
-        return Coupling(ctx.d_model, names, names[sublayer_index(ctx, branch) % self.streams], self.grid_bits)
+        return Coupling(ctx.d_model, names, names[ctx.sublayer(branch) % self.streams], self.grid_bits)
 
     def open(self, d_model: int) -> Opener:
         return CopiesOnGrid(d_model, self.grid_bits, self.names())
