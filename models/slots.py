@@ -64,7 +64,11 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, Cache | None]:
         """Mix along the whole sequence. `heads` may hold "key_gate" [B, T] in [0, 1], and in decoding "all_values"
         [B, S, H, V], of all tokens so far, so that none need be kept. `cache` None: training; {}: start decoding;
-        otherwise what the last call returned. Returns ([B, T, H, V], new cache or None)."""
+        otherwise what the last call returned. Returns ([B, T, H, V], new cache or None).
+
+        Decoding pads short rows behind their tokens (document -1), in any call. A row's cache stays as its last token
+        left it: padding moves neither state nor document, and is never seen. Without documents, every token is of
+        document 0."""
         raise NotImplementedError
 
     def drop_values(self) -> None:

@@ -20,6 +20,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from models.config import LMConfig
+from models.decoding import refusals
 from models.hf import reload
 from models.hf.card import model_card
 from models.hf.formats import Format, chooser
@@ -161,7 +162,8 @@ def expected(written: Written) -> reload.Expected:
     with torch.no_grad():
         logits_BTV = model(tokens_BT).logits
     assert logits_BTV is not None
-    return reload.Expected(tokens_BT, logits_BTV, SAMPLE, written.sample_ids, form.tolerance, form.remote_code)
+    decodes = form.remote_code and not any(refusals(model.config))
+    return reload.Expected(tokens_BT, logits_BTV, SAMPLE, written.sample_ids, form.tolerance, form.remote_code, decodes)
 
 
 def check(folder: Path, written: Written) -> None:

@@ -110,6 +110,25 @@ def test_decode_equals_forward(config: LMConfig, split: int) -> None:
 
 
 @pytest.mark.parametrize("config", [*KINDS, *DRAWS])
+def test_rows_of_different_lengths_decode_as_if_alone(config: LMConfig) -> None:
+    """Padding behind a row's tokens, in the prompt and later, moves no cache."""
+    if not promises(config, "incremental", "batch_independent"):
+        return
+    model, x = shaken(config), tokens(3)
+    whole = model(x).logits
+    read, cache = torch.zeros(3, dtype=torch.int64), {}
+    for lengths in ((5, 2, 1), (2, 0, 1), (1, 1, 1)):
+        column_T = torch.arange(max(lengths))
+        at_BT = (read[:, None] + column_T).clamp_max(8)
+        real_BT = column_T < torch.tensor(lengths)[:, None]
+        documents_BT = torch.where(real_BT, 0, -1)
+        out = model(x.gather(1, at_BT), documents_BT=documents_BT, positions_BT=at_BT, cache=cache)
+        expected = whole.take_along_dim(at_BT[..., None], dim=1)
+        torch.testing.assert_close(out.logits[real_BT], expected[real_BT], rtol=0, atol=1e-10)
+        read, cache = read + torch.tensor(lengths), out.cache
+
+
+@pytest.mark.parametrize("config", [*KINDS, *DRAWS])
 def test_declared_entries_are_the_state(config: LMConfig) -> None:
     """At every boundary: the keys, shapes and dtypes that the plan says, and nothing modified in place."""
     model, x = shaken(config), tokens()

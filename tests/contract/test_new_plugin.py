@@ -1,14 +1,16 @@
 """One file outside the repository makes a new mixer: it trains, runs on meshes and exports, with no other edit."""
 
+import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from models.config import LMConfig
 from models.cost import cost
 from models.hf.export import ExportConfig, export
 from models.lm import LM
@@ -19,6 +21,7 @@ from parallel import check
 from parallel.engine import Batch, Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
+from tests.contract import test_contract
 from tests.contract.tiny import build
 
 SOURCE = '''
@@ -28,6 +31,7 @@ Shape suffixes: B batch, T sequence, D model width, H heads, V value width.
 """
 
 import dataclasses
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -44,6 +48,8 @@ class MovingAverageConfig(MixerConfig, kind="moving_average"):
 
     num_heads: int
     head_dim: int
+
+    example = MappingProxyType({"num_heads": 4, "head_dim": 4})
 
     def build(self, ctx: LayerContext) -> Mixer:
         return MovingAverage(self, ctx)
@@ -75,11 +81,12 @@ class MovingAverage(Mixer):
         last_B = cache["document"] if cache else documents_BT[:, 0]
         outs = []
         for t in range(v_BTHV.shape[1]):
-            same_B = (documents_BT[:, t] == last_B).to(v_BTHV.dtype)
-            a_BH1 = a_BTH[:, t, :, None]
-            h_BHV = a_BH1 * h_BHV * same_B[:, None, None] + (1 - a_BH1) * v_BTHV[:, t]
-            last_B = documents_BT[:, t]
-            outs.append(h_BHV)
+            document_B, a_BH1 = documents_BT[:, t], a_BTH[:, t, :, None]
+            same_B11, real_B11 = (x_B[:, None, None] for x_B in (document_B == last_B, document_B >= 0))
+            out_BHV = a_BH1 * h_BHV.where(same_B11, 0) + (1 - a_BH1) * v_BTHV[:, t]
+            outs.append(out_BHV)
+            # Padding moves nothing, so that the row goes on behind its last token.
+            h_BHV, last_B = out_BHV.where(real_B11, h_BHV), document_B.where(document_B >= 0, last_B)
         new_cache = None if cache is None else {"h": h_BHV, "document": last_B}
         return torch.stack(outs, 1), new_cache
 
@@ -100,9 +107,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     mixer_folders.remove(str(tmp_path / "mixers"))
 
 
-def config():
-    mixer = {"kind": "moving_average", "num_heads": 4, "head_dim": 4}
-    return build(mixer=mixer, residual="hyper", ffn="moe", values="resformer")
+# What every kind of the repository is held to.
+CONTRACT = [
+    test
+    for name, test in vars(test_contract).items()
+    if name.startswith("test_") and list(inspect.signature(test).parameters) == ["config"]
+]
+
+
+def config() -> LMConfig:
+    return build(mixer="moving_average", residual="hyper", ffn="moe", values="resformer")
 
 
 def test_it_is_found_and_trains(folder: Path) -> None:
@@ -124,15 +138,13 @@ def test_it_runs_on_meshes(folder: Path, mesh: str, pool: Pool) -> None:
     assert report.ok, report.wrong
 
 
+@pytest.mark.parametrize("held_to", CONTRACT, ids=lambda test: test.__name__)
+def test_it_keeps_the_contract(folder: Path, held_to: Callable[[LMConfig], None]) -> None:
+    held_to(config())
+
+
 def test_it_decodes(folder: Path) -> None:
-    model = LM(config())
-    initialize(model, 0)
-    model.double()
-    x = torch.randint(32, (2, 6))
-    positions = torch.arange(6).expand(2, 6)
-    first = model(x[:, :4], positions_BT=positions[:, :4], cache={})
-    second = model(x[:, 4:], positions_BT=positions[:, 4:], cache=first.cache)
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), model(x).logits, rtol=0, atol=1e-12)
+    test_contract.test_decode_equals_forward(config(), split=4)
 
 
 def test_it_exports(folder: Path, tmp_path: Path) -> None:

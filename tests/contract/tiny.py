@@ -1,5 +1,6 @@
 """Small configs: one per discovered kind, and random legal combinations of all of them."""
 
+import inspect
 import os
 import random
 from typing import Any
@@ -157,8 +158,11 @@ def every_kind() -> list[tuple[str, str]]:
 
 def plain(slot: str, kind: str) -> dict[str, Any]:
     """The plain config of a kind's example."""
-    base = next(base for base in ALL_SLOTS if base.slot == slot)
-    return {"kind": kind, **base.of_kind(kind).example}
+    config = next(base for base in ALL_SLOTS if base.slot == slot).of_kind(kind)
+    for name, parameter in inspect.signature(config).parameters.items():
+        if parameter.default is parameter.empty and name not in config.example:
+            raise ValueError(f"{slot} kind {kind!r} has no default for {name}; give its class an `example` with one")
+    return {"kind": kind, **config.example}
 
 
 def drawn(slot: str, kind: str, generator: random.Random) -> dict[str, Any]:

@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from configs.structure import to_plain
 from models.config import LMConfig
 from models.decoding import refusals
-from models.hf import formats
-from models.hf.export import ExportConfig, export, write
+from models.hf import formats, modeling_weft, reload
+from models.hf.configuration_weft import WeftConfig
+from models.hf.export import CHECK_SHAPE, ExportConfig, export, write
 from models.lm import LM
 from tests.contract import tiny
 from tests.hf import user
@@ -277,6 +279,15 @@ def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="logits differ by"):
         export(model.config, model, tmp_path / "out", OURS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_check_sees_a_cache_that_moves_over_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = modeling_weft.WeftForCausalLM(WeftConfig(weft=to_plain(tiny.hybrid())))
+    model.model = spread(tiny.hybrid())
+    tokens = torch.randint(32, CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
+    assert reload.padding_error(model, tokens) < 1e-12
+    monkeypatch.setattr(modeling_weft, "tokens_first", lambda rows, documents: rows)
+    assert reload.padding_error(model, tokens) > 0.01
 
 
 def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
