@@ -92,19 +92,39 @@ def uneven(model: LM, mesh: MeshConfig, key: str) -> list[tuple[str, Axis]]:
     return [(name, axis) for name, axis in all_axes(model) if axis.name in SPLIT[key] and not fits(axis, count)]
 
 
-def nearest(model: LM, mesh: MeshConfig, key: str) -> int:
-    """The largest smaller degree of `key` that splits evenly; one after which nothing is uneven, if there is one."""
+def nearest(model: LM, mesh: MeshConfig, key: str) -> str:
+    """The way out that a refusal names, such as "ep=2" or "ep=2 with dp=2": the largest smaller degree of `key` that
+    splits evenly; one after which nothing is uneven, if there is one, with as few changes as that takes."""
     axes = {axis for _, axis in all_axes(model) if axis.name in SPLIT[key]}
     times = mesh.tp if key == "cp" else 1
     smaller = range(getattr(mesh, key) - 1, 0, -1)
     even = [degree for degree in smaller if all(fits(axis, degree * times) for axis in axes)]
-    return next((degree for degree in even if holds(model, mesh, key, degree)), even[0])
+    alone = next((degree for degree in even if holds(model, mesh, {key: degree})), None)
+    if alone is None or alone == 1:
+        for degree in even[: even.index(1)]:
+            data = data_ranks(mesh, key, degree)
+            if holds(model, mesh, {key: degree, **data}):
+                return f"{key}={degree} with {', '.join(f'{name}={size}' for name, size in data.items())}"
+    return f"{key}={alone or even[0]}"
 
 
-def holds(model: LM, mesh: MeshConfig, key: str, degree: int) -> bool:
-    """Whether there can be a mesh with this degree of `key`, and the model splits evenly over it."""
+def data_ranks(mesh: MeshConfig, key: str, degree: int) -> dict[str, int | str]:
+    """By its key in the mesh: about as many data ranks as there are, from which the expert ranks can be borrowed when
+    `key` has this degree."""
+    ep, tp, cp = (degree if name == key else getattr(mesh, name) for name in ("ep", "tp", "cp"))
+    sharded = mesh.shard > 1 and mesh.replicate == 1
+    had, kept = (mesh.shard, mesh.replicate) if sharded else (mesh.replicate, mesh.shard)
+    step = ep // math.gcd(ep, kept * tp * cp)
+    size = max(had // step, 1) * step
+    if mesh.hsdp:
+        return {"hsdp": f"{kept}x{size}" if sharded else f"{size}x{kept}"}
+    return {"fsdp" if sharded else "dp": size}
+
+
+def holds(model: LM, mesh: MeshConfig, changes: dict[str, int | str]) -> bool:
+    """Whether there can be a mesh with these changes, and the model splits evenly over it."""
     try:
-        other = dataclasses.replace(mesh, **{key: degree})
+        other = dataclasses.replace(mesh, **changes)  # type: ignore[arg-type]
     except ValueError:
         return False
     return not any(uneven(model, other, split) for split in SPLIT)
@@ -154,7 +174,7 @@ def refuse_uneven(model: LM, mesh: MeshConfig, key: str) -> None:
     free = axis.name not in HEAD_AXES and all(other == axis for _, other in wrong)
     raise ValueError(
         f"{key} is {degree}, which does not divide the {axis.groups} {axis.name} of {name}; "
-        f"use {key}={nearest(model, mesh, key)}"
+        f"use {nearest(model, mesh, key)}"
         + (f", or {math.ceil(axis.groups / degree) * degree} {axis.name}" if free else "")
     )
 
@@ -164,5 +184,5 @@ def refuse_heads(model: LM, mesh: MeshConfig) -> None:
     for name, axis in uneven(model, mesh, "cp"):
         raise ValueError(
             f"cp={mesh.cp} with tp={mesh.tp} needs {mesh.tp * mesh.cp} to divide the {axis.groups} {axis.name} of "
-            f"{name}; use cp={nearest(model, mesh, 'cp')}"
+            f"{name}; use {nearest(model, mesh, 'cp')}"
         )

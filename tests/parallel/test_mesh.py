@@ -3,6 +3,7 @@
 import pytest
 
 from models.config import LMConfig
+from parallel import preflight
 from parallel.check import Settings, refuse_combination
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
@@ -61,6 +62,31 @@ def test_refused_combinations(text: str, config: LMConfig, message: str) -> None
     with pytest.raises(ValueError) as error:
         refuse_combination(config, MeshConfig.parse(text), Settings())
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "way_out"),
+    [
+        ("ep=3", "ep=2 with dp=2, or 6 experts"),
+        ("ep=6,dp=6", "ep=2, or 6 experts"),
+        ("ep=3,fsdp=3", "ep=2 with fsdp=2, or 6 experts"),
+        ("ep=3,hsdp=3x1", "ep=2 with hsdp=2x1, or 6 experts"),
+        ("ep=6,dp=3,tp=2", "ep=2, or 6 experts"),
+        ("ep=4,tp=16", "tp=8"),
+        ("ep=4,dp=1,cp=16", "cp=8"),
+    ],
+)
+def test_the_way_out_leads_out(text: str, way_out: str) -> None:
+    """With the other degrees as they were given, or implied."""
+    config = build(ffn="moe")
+    given = MeshConfig.parse(text)
+    with pytest.raises(ValueError, match=f"use {way_out}$"):
+        preflight.refuse(config, given)
+    changes = way_out.partition(",")[0].split(" with ")
+    plain = {change.partition("=")[0] for change in changes}
+    kept = [item for item in str(given).split(",") if item.partition("=")[0] not in plain]
+    preflight.refuse(config, MeshConfig.parse(",".join([*kept, *changes])))
+    preflight.refuse(config, MeshConfig.parse(",".join(changes)))
 
 
 @pytest.mark.parametrize(
