@@ -36,18 +36,20 @@ def parallelize(root: nn.Module, model: LM, mesh: Mesh, dtype: torch.dtype) -> N
     one_unit = mesh.config.splits_backward
     # In one unit torch adds up the micro-batches' gradients itself, in the type of the gathered parameters.
     mixed = policy(master(dtype) if one_unit else dtype)
+    # None is torch's default: all units but the outermost free what they gathered.
+    own = {"mp_policy": mixed, "reshard_after_forward": None if mesh.config.reshard else False}
     whole: set[nn.Parameter] = set()
     for module in [m for m in model.modules() if is_expert(m)]:
         if one_unit or experts.size(-1) == 1:
             whole |= set(module.parameters(recurse=False))
         else:
-            fully_shard(module, mesh=experts, mp_policy=mixed)
+            fully_shard(module, mesh=experts, **own)
     if not one_unit:
         for module in shared(model):
-            fully_shard(module, mesh=dense, ignored_params=whole, mp_policy=mixed)
+            fully_shard(module, mesh=dense, ignored_params=whole, **own)
         for layer in model.blocks:
-            fully_shard(layer, mesh=dense, ignored_params=whole, mp_policy=mixed)
-    fully_shard(root, mesh=dense, ignored_params=whole, mp_policy=mixed)
+            fully_shard(layer, mesh=dense, ignored_params=whole, **own)
+    fully_shard(root, mesh=dense, ignored_params=whole, **own)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -26,7 +26,8 @@ class MeshConfig:
     dp: replicas. fsdp: ranks that share one copy of the parameters. hsdp: "RxS", the same as dp=R with fsdp=S.
     tp: tensor and sequence. cp: context (Ulysses). ep: experts, over ranks that the other degrees provide.
     etp: expert tensor, not built yet. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved, zero_bubble, zbv or
-    dualpipev.
+    dualpipev. reshard: whether the parameters that FSDP gathers for a layer are freed after its forward pass and
+    gathered again for its backward pass (ZeRO-3), or stay in between (ZeRO-2).
     """
 
     dp: int = 1
@@ -38,6 +39,7 @@ class MeshConfig:
     etp: int = 1
     pp: int = 1
     schedule: str = "1f1b"
+    reshard: bool = True
 
     def __post_init__(self) -> None:
         degrees = ("dp", "fsdp", "tp", "cp", "ep", "etp", "pp")
@@ -58,6 +60,8 @@ class MeshConfig:
             raise ValueError(
                 f"schedule={self.schedule} is for pipeline ranks, and pp is 1; leave schedule out, or give pp too"
             )
+        if not self.reshard and self.shard == 1:
+            raise ValueError("reshard=false is about parameters that FSDP gathers, and fsdp is 1; leave it out")
         if self.world_size > MOST_RANKS:
             raise ValueError(f"the degrees multiply to {self.world_size} ranks; a mesh has at most {MOST_RANKS}")
         if self.etp != 1:
@@ -95,7 +99,7 @@ class MeshConfig:
     def parse(cls, text: str) -> "MeshConfig":
         """From "tp=2,pp=2,schedule=zbv". Data ranks that `ep` needs and nothing else provides are added as dp."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        values: dict[str, int | str] = {}
+        values: dict[str, int | str | bool] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
             key, _, value = (part.strip() for part in item.partition("="))
             if key not in fields:
@@ -106,6 +110,10 @@ class MeshConfig:
                 raise ValueError(f"mesh gives {key} twice; give it once")
             if key in ("hsdp", "schedule"):
                 values[key] = value
+            elif key == "reshard":
+                if value not in ("true", "false"):
+                    raise ValueError(f"mesh has reshard={value!r}; it is true or false")
+                values[key] = value == "true"
             elif value.isdecimal() and len(value) < 19:
                 values[key] = int(value)
             else:
@@ -124,7 +132,11 @@ class MeshConfig:
         ]
         if self.hsdp:
             sizes.insert(0, f"hsdp={self.hsdp}")
-        return ",".join([*sizes, f"schedule={self.schedule}"] if self.pp > 1 else sizes) or "one process"
+        if self.pp > 1:
+            sizes.append(f"schedule={self.schedule}")
+        if not self.reshard:
+            sizes.append("reshard=false")
+        return ",".join(sizes) or "one process"
 
 
 @torch.compiler.disable()

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from parallel.gradients import Held
 from parallel.mesh import Mesh
-from parallel.shards import Shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +80,9 @@ def entire(value: Tensor) -> Piece:
     return Piece(value, value.shape, tuple((Run(0, 0, size),) for size in value.shape))
 
 
-def piece(value: Tensor, shard: Shard) -> Piece:
-    """The piece of a parameter, or of a tensor that is held like one."""
+def piece(held: Held, kept: Tensor | None = None) -> Piece:
+    """The piece of a parameter that this rank holds, or `kept`, a plain tensor of the same elements."""
+    value, shard = held.parameter.detach(), held.shard
     runs: list[tuple[Run, ...]] = []
     for segments in shard.segments:
         ends = list(itertools.accumulate(length for _, length in segments))
@@ -95,7 +95,7 @@ def piece(value: Tensor, shard: Shard) -> Piece:
         begin = min(mesh.get_local_rank(mesh.ndim - 1) * per_rank, rows)
         runs[0] = tuple(run.within(begin, min(begin + per_rank, rows)) for run in runs[0])
         value = value.to_local()
-    return Piece(value, torch.Size(shard.spec.shape), tuple(runs))
+    return Piece(value if kept is None else kept, torch.Size(shard.spec.shape), tuple(runs))
 
 
 def with_owners(parameters: Iterable[Held], mesh: Mesh) -> Iterator[tuple[Held, bool]]:

@@ -54,9 +54,9 @@ def saved(engine: Engine, optimizer: OptimizerState | None) -> Iterator[tuple[st
     """
     for held, owner in with_owners(engine.held(), engine.mesh):
         name = held.shard.name
-        yield f"model/{name}", piece(held.parameter, held.shard), owner
+        yield f"model/{name}", piece(held), owner
         for key, value in optimizer.state(held).items() if optimizer else ():
-            own = entire(value) if not value.shape else piece(value, held.shard)
+            own = piece(held, value) if value.shape else entire(value)
             yield f"optimizer/{name}/{key}", own, owner
     for model in engine.models:
         for name, buffer in model.named_buffers():

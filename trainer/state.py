@@ -28,8 +28,8 @@ class OptimizerState(Protocol):
     def state(self, held: Held) -> Mapping[str, Tensor]:
         """What is kept for one parameter, by a name such as "exp_avg"; it is saved as "parameter's name/exp_avg".
 
-        Each tensor is shaped and sharded as `held.parameter` is (a DTensor on the same mesh where that is one), or
-        is of shape [] and equal on all ranks, such as a count of updates. They are the optimiser's own, not copies: a
+        Each tensor is plain and has the shape of what this rank holds of `held.parameter`, on any device, or is of
+        shape [] and equal on all ranks, such as a count of updates. They are the optimiser's own, not copies: a
         checkpoint is loaded by writing into them. Before the first update they are made, with their first values, so
         that there is something to write into.
         """

@@ -11,13 +11,19 @@ class Host:
         """What waits in host memory for x, which may be freed."""
         return x.clone()
 
+    def refill(self, waiting: Tensor, x: Tensor) -> None:
+        """Have x wait where `out` put another. x must not be freed before the next `arrive`."""
+        waiting.copy_(x)
+
     def back(self, waiting: Tensor) -> Tensor:
-        """On the device again, once `arrived` has been called."""
+        """On the device again, once `arrive` has been called."""
         return waiting.clone()
 
-    def arrived(self, x: Tensor) -> Tensor:
-        """x, from `back`, for the computation to use."""
-        return x
+    def arrive(self) -> None:
+        """Have the computation wait for all copies so far."""
+
+    def settle(self) -> None:
+        """Wait for all copies so far, so that this process may read what waits."""
 
 
 class PinnedHost(Host):
@@ -26,27 +32,36 @@ class PinnedHost(Host):
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
+        self._coming: list[Tensor] = []
 
     def out(self, x: Tensor) -> Tensor:
         waiting = torch.empty_like(x, device="cpu", pin_memory=True)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            waiting.copy_(x, non_blocking=True)
+        self.refill(waiting, x)
         x.record_stream(self.stream)
         return waiting
 
+    def refill(self, waiting: Tensor, x: Tensor) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            waiting.copy_(x, non_blocking=True)
+
     def back(self, waiting: Tensor) -> Tensor:
-        # The pool that it takes memory from is the computation's, which may still use what is given out again.
+        # Its memory is the computation's, which may still use what is given out again. It is held until the computation
+        # has waited for the copy; record_stream would keep the memory from being used again for longer, while
+        # this process is ahead of the device.
         x = torch.empty_like(waiting, device=self.device)
+        self._coming.append(x)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             x.copy_(waiting, non_blocking=True)
-        x.record_stream(self.stream)
         return x
 
-    def arrived(self, x: Tensor) -> Tensor:
+    def arrive(self) -> None:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        return x
+        self._coming.clear()
+
+    def settle(self) -> None:
+        self.stream.synchronize()
 
 
 def host_of(device: torch.device) -> Host:

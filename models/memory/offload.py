@@ -100,7 +100,8 @@ class Load:
             if self.before is not None and (before := self.before()) is not None:
                 before.fetch()
         assert self.here is not None
-        return self.host.arrived(self.here[number])
+        self.host.arrive()
+        return self.here[number]
 
     def fetch(self) -> None:
         if self.here is None:

@@ -68,7 +68,7 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
             "modle: unknown key; did you mean model? the config takes model, run, data, train, optim, schedule, mesh, "
             "memory",
         ),
-        ("mesh.zzz=2", "mesh.zzz: unknown key; mesh takes dp, fsdp, hsdp, tp, cp, ep, etp, pp, schedule"),
+        ("mesh.zzz=2", "mesh.zzz: unknown key; mesh takes dp, fsdp, hsdp, tp, cp, ep, etp, pp, schedule, reshard"),
         ("model.residual={kind: plain, n: 2}", "model.residual.n: unknown key; plain takes no keys"),
         # missing keys and kinds
         (

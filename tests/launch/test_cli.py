@@ -98,7 +98,8 @@ ALL = (
         ),
         (
             ["check", CONFIG, "--mesh", "tpp=2"],
-            "mesh has no key 'tpp'; did you mean tp? the keys are dp, fsdp, hsdp, tp, cp, ep, etp, pp, schedule",
+            "mesh has no key 'tpp'; did you mean tp? the keys are dp, fsdp, hsdp, tp, cp, ep, etp, pp, schedule, "
+            "reshard",
         ),
         (
             ["plugins", "mxer"],

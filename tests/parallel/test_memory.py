@@ -28,10 +28,11 @@ from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, build
 
-EVERYDAY = ("fsdp=2", "ep=2,fsdp=4", "cp=2,pp=2")
-MESHES = ("dp=2", "fsdp=2", "hsdp=2x2", "tp=2", "tp=4", "cp=2", "ep=2", "pp=2", "pp=4", "fsdp=2,tp=2", "ep=2,fsdp=4",
-          "cp=2,tp=2", "ep=2,cp=2", "fsdp=2,tp=2,pp=2", "pp=2,schedule=interleaved", "pp=2,schedule=gpipe",
-          "fsdp=2,pp=2,schedule=interleaved", "ep=2,fsdp=2,pp=2", "ep=2,tp=2,pp=2")  # fmt: skip
+EVERYDAY = ("fsdp=2", "ep=2,fsdp=4", "cp=2,pp=2", "fsdp=2,reshard=false")
+MESHES = ("dp=2", "fsdp=2", "fsdp=2,reshard=false", "hsdp=2x2", "hsdp=2x2,reshard=false", "tp=2", "tp=4", "cp=2",
+          "ep=2", "pp=2", "pp=4", "fsdp=2,tp=2", "ep=2,fsdp=4", "cp=2,tp=2", "ep=2,cp=2", "fsdp=2,tp=2,pp=2",
+          "pp=2,schedule=interleaved", "pp=2,schedule=gpipe", "fsdp=2,pp=2,schedule=interleaved",
+          "ep=2,fsdp=2,pp=2,reshard=false", "ep=2,fsdp=2,pp=2", "ep=2,tp=2,pp=2")  # fmt: skip
 SPLIT = ("pp=2,schedule=zbv", "pp=2,schedule=zero_bubble", "fsdp=2,pp=2,schedule=dualpipev")
 
 # Entries that cross layers, routers with losses, statistics and a gate from the layer before, recurrences, draws.
@@ -75,7 +76,7 @@ def compare(model: str, kind: str, mesh: str, pool: Pool) -> None:
     if "ep=" in mesh and "layers" not in MODELS[model]:
         mesh = mesh.replace("ep=2,", "").replace("ep=2", "dp=2")  # without experts
     if memory(kind).ahead:
-        mesh = re.sub(r"[fh]sdp=\d+(x\d+)?", "dp=2", mesh)
+        mesh = re.sub(r"[fh]sdp=\d+(x\d+)?", "dp=2", mesh).replace(",reshard=false", "")
     settings = check.Settings(memory=memory(kind))
     report = check.run(build(**MODELS[model]), MeshConfig.parse(mesh), settings, pool, timeout=120)
     assert report.ok, "\n".join([f"{model}, memory {kind} on {mesh}", *report.wrong[:10]])

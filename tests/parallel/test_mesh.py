@@ -23,6 +23,8 @@ from tests.contract.tiny import build
         ("hsdp=2x2,dp=2", "hsdp=2x2 already says dp and fsdp"),
         ("pp=2,schedule=zvb", "schedule is 'zvb'; did you mean zbv?"),
         ("schedule=zbv", "schedule=zbv is for pipeline ranks, and pp is 1; leave schedule out, or give pp too"),
+        ("fsdp=2,reshard=no", "mesh has reshard='no'; it is true or false"),
+        ("dp=2,reshard=false", "reshard=false is about parameters that FSDP gathers, and fsdp is 1; leave it out"),
         ("etp=2", "etp is 2; expert tensor parallelism is not built yet, so leave etp out"),
         ("dp=2,ep=4", "ep is 4, which must divide dp x fsdp x cp x tp = 2, whose ranks it borrows; use ep=2, or dp=4"),
         ("hsdp=1x2,ep=4", "use ep=2, or hsdp=2x2"),

@@ -19,6 +19,7 @@ from parallel.testing import Pool
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig
+from trainer.optim.base import local
 from trainer.resume import load as load_checkpoint
 from trainer.resume import saved
 from trainer.state import RunState
@@ -44,7 +45,7 @@ class Moments:
         self._of: dict[Tensor, dict[str, Tensor]] = {}
 
     def state(self, held: Held) -> Mapping[str, Tensor]:
-        fresh = {"exp_avg": torch.zeros_like(held.parameter), "step": torch.zeros(())}
+        fresh = {"exp_avg": torch.zeros_like(local(held.parameter)), "step": torch.zeros(())}
         return self._of.setdefault(held.parameter, fresh)
 
 

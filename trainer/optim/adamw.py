@@ -57,10 +57,10 @@ def check_moments(config: Moments) -> None:
     above_zero(config, "eps", hint=", and 1e-8 is usual")
 
 
-def first_moments(parameter: Tensor) -> dict[str, Tensor]:
-    """step: updates so far. exp_avg, exp_avg_sq: like the parameter."""
-    step = torch.zeros((), dtype=torch.float32, device=local(parameter).device)
-    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+def first_moments(own: Tensor) -> dict[str, Tensor]:
+    """step: updates so far. exp_avg, exp_avg_sq: like `own`, this rank's part of a parameter."""
+    step = torch.zeros((), dtype=torch.float32, device=own.device)
+    return {"step": step, "exp_avg": torch.zeros_like(own), "exp_avg_sq": torch.zeros_like(own)}
 
 
 def adamw_update(
@@ -84,8 +84,8 @@ def adamw_update(
         adamw(
             [local(held.parameter) for held in same],
             [held.gradient for held in same],
-            [local(state["exp_avg"]) for state in states],
-            [local(state["exp_avg_sq"]) for state in states],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
             foreach=not fused,
@@ -108,7 +108,7 @@ class AdamW(Optimizer):
         self.config = config
 
     def first_state(self, held: Held) -> dict[str, Tensor]:
-        return first_moments(held.parameter)
+        return first_moments(local(held.parameter))
 
     def update(self, held: list[Held], lr: float) -> None:
         adamw_update(self, held, lr, self.config.betas, self.config.eps)

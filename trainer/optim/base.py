@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from models.limits import above_zero, at_least
+from models.memory.host import host_of
 from models.plugin import Plugin
 from parallel.gradients import Held
 from trainer.optim.groups import GroupConfig, Setting, settings
+from trainer.optim.states import HostStates, States
 
 if TYPE_CHECKING:
     from parallel.engine import Engine
@@ -26,19 +28,22 @@ class OptimConfig(Plugin, slot="optim", folder="trainer.optim"):
 
     lr: the highest of the schedule. weight_decay: decoupled, times lr, of the parameters that declare to decay.
     clip: the largest norm of the whole gradient, null for no limit. groups: parameters that are treated apart; the
-    first that matches counts.
+    first that matches counts. offload: the state waits in host memory but for that of so many MiB of a rank's
+    parameters at a time; null keeps all of it on the device.
     """
 
     lr: float
     weight_decay: float = 0.1
     clip: float | None = 1.0
     groups: tuple[GroupConfig, ...] = ()
+    offload: float | None = None
 
     example = MappingProxyType({"lr": 1e-3})
 
     def __post_init__(self) -> None:
         at_least(self, 0, "lr", "weight_decay")
         above_zero(self, "clip", hint=", or null for no clipping")
+        above_zero(self, "offload", hint=", such as 256, or null to keep the state on the device")
 
     def patterns(self) -> list[tuple[str, str]]:
         """(dotted key, value) of everything that must mean a parameter of the model."""
@@ -59,30 +64,32 @@ class Optimizer:
     def __init__(self, engine: "Engine", config: OptimConfig) -> None:
         self.engine = engine
         self._settings = settings(engine.config, config.groups, config.weight_decay)
-        self._state: dict[Tensor, dict[str, Tensor]] = {}
+        self.states = States()
+        if config.offload is not None:
+            self.states = HostStates(host_of(torch.device(engine.mesh.device)), config.offload)
 
     def setting(self, held: Held) -> Setting:
         """By the owner's name, so that copies of a shared parameter stay equal."""
         return self._settings[held.shard.name]
 
     def first_state(self, held: Held) -> dict[str, Tensor]:
-        """What is kept for a parameter before its first update; see `state`."""
+        """What is kept for a parameter before its first update, on the parameter's device; see `state`."""
         raise NotImplementedError
 
     def update(self, held: list[Held], lr: float) -> None:
-        """Change the parameters in place, from their gradients. Called without gradients being recorded."""
+        """Change some parameters in place, from their gradients. Called without gradients being recorded, once per
+        step for every parameter, on all ranks of a pipeline stage with the same ones."""
         raise NotImplementedError
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every parameter from its gradient (a collective). lr: of a parameter whose group does not scale it."""
-        self.update(list(self.engine.held()), lr)
+        for parameters in self.states.rounds(list(self.engine.held()), self.first_state):
+            self.update(parameters, lr)
 
     def state(self, held: Held) -> dict[str, Tensor]:
         """See `trainer.state.OptimizerState`."""
-        if held.parameter not in self._state:
-            self._state[held.parameter] = self.first_state(held)
-        return self._state[held.parameter]
+        return self.states.of(held, self.first_state)
 
 
 def one_step(config: OptimConfig, engine: "Engine") -> None:

@@ -82,7 +82,8 @@ class Muon(Optimizer):
         return spec.role == "matrix" and not any(matches(pattern, name, spec) for pattern in self.config.exclude)
 
     def first_state(self, held: Held) -> dict[str, Tensor]:
-        return {MOMENTUM: torch.zeros_like(held.parameter)} if self.takes(held) else first_moments(held.parameter)
+        own = local(held.parameter)
+        return {MOMENTUM: torch.zeros_like(own)} if self.takes(held) else first_moments(own)
 
     def update(self, held: list[Held], lr: float) -> None:
         matrices = [one for one in held if self.takes(one)]
@@ -108,9 +109,9 @@ class Muon(Optimizer):
         In bfloat16, in which the authors of Muon orthogonalise, so that half as much travels; float64 stays.
         """
         average, gradient, config = self.state(held)[MOMENTUM], held.gradient, self.config
-        local(average).lerp_(gradient, 1 - config.momentum)
-        ahead = torch.lerp(gradient, local(average), config.momentum) if config.nesterov else local(average)
-        out = torch.empty_like(average, dtype=None if ahead.dtype == torch.float64 else torch.bfloat16)
+        average.lerp_(gradient, 1 - config.momentum)
+        ahead = torch.lerp(gradient, average, config.momentum) if config.nesterov else average
+        out = torch.empty_like(held.parameter, dtype=None if ahead.dtype == torch.float64 else torch.bfloat16)
         local(out).copy_(ahead)
         return out
 
