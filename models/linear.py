@@ -4,9 +4,8 @@ Shape suffixes: B batch, T sequence, S = T and the tokens before it that the con
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -14,16 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.conv import FanInUniform, prepend, short_conv, tail
-from models.kernels.linear.choice import matrix_recurrence
 from models.kernels.linear.chunked import chunk_length
 from models.limits import at_least, shared_out
 from models.params import Axis, declare, upcast
+from models.recurrences import Recurrences, Rule, SpreadRecurrences
+from models.sequence_group import SequenceGroup
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import KEY_GATE, Side
 
 L2_EPS = 1e-6
-
-Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +79,9 @@ class LinearMixer(Mixer):
     conv_size: tokens that a convolution sees. states: the cache's entries that start anew with a document.
     """
 
+    in_place = True
     conv_size = 0
+    convolved: tuple[str, ...] = ()
     states: tuple[str, ...] = ("state",)
 
     def declare_convs(self, widths: Mapping[str, tuple[Axis, int]], size: int, bias: bool = False) -> None:
@@ -99,12 +99,9 @@ class LinearMixer(Mixer):
         return {name: getattr(self, name) for name in self._weights} if self.conv_size else {}
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
-        """Heads after their convolutions, and the states before them, to ([B, T, H, V], the states after them).
-
-        rule: the recurrence of matrices, told of the documents.
-        """
+        """Heads after their convolutions, and the states before them, to ([B, T, H, V], the states after them)."""
         raise NotImplementedError
 
     def activate(self, x_BTHK: Tensor) -> Tensor:
@@ -114,7 +111,9 @@ class LinearMixer(Mixer):
     def core(
         self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
     ) -> tuple[Tensor, Cache | None]:
-        documents_BT, past, x = side.documents_BT, cache or {}, dict(heads)
+        if self.sequence is not None:
+            return self.core_in_place(heads, weights, side, self.sequence), None
+        documents_BT, past = side.documents_BT, cache or {}
         if documents_BT is None and cache is not None:
             documents_BT = torch.zeros_like(side.positions_BT)
         # The document of one token before is needed at least, to know whether the state goes on.
@@ -123,23 +122,47 @@ class LinearMixer(Mixer):
         if documents_BT is not None:
             documents_BS = prepend(documents_BT, past.get("documents"), width, fill=-1)
             real_B = (documents_BT >= 0).sum(1)
-        new: Cache = {}
-        for name in self.convolved if self.conv_size else ():
-            x_BSHK = prepend(heads[name], past.get(f"conv_{name}"), self.conv_size)
-            bias = weights.get(f"conv_{name}_bias")
-            x[name] = self.activate(short_conv(x_BSHK, weights[f"conv_{name}"], bias, documents_BS))
-            if cache is not None and real_B is not None:
-                new[f"conv_{name}"] = tail(x_BSHK, real_B, self.conv_size)
+        seen = {name: prepend(heads[name], past.get(f"conv_{name}"), self.conv_size) for name in self.convolved}
+        x = {**heads, **self.convolve(seen, weights, documents_BS)}
         before: Cache = {}
-        if past and documents_BS is not None and documents_BT is not None:
-            goes_on_B = (documents_BT[:, 0] == documents_BS[:, width - 2]) | (documents_BT[:, 0] < 0)
+        before_B1 = None if documents_BS is None else documents_BS[:, width - 2 : width - 1]
+        if past and documents_BT is not None and before_B1 is not None:
+            goes_on_B = (documents_BT[:, 0] == before_B1[:, 0]) | (documents_BT[:, 0] < 0)
             for name in self.states:
                 before[name] = past[name] * goes_on_B.view(-1, *(1,) * (past[name].dim() - 1))
-        rule = functools.partial(matrix_recurrence, documents_BT=documents_BT)
-        out_BTHV, after = self.mix(x, weights, before, rule, side)
+        rule = Recurrences(documents_BT, before_B1)
+        out_BTHV, after = self.mix(x, weights, before, rule, side.positions_BT)
         if cache is None or documents_BS is None or real_B is None:
             return out_BTHV, None
+        new = {f"conv_{name}": tail(x_BS, real_B, self.conv_size) for name, x_BS in seen.items()}
         return out_BTHV, {**new, **after, "documents": tail(documents_BS, real_B, width)}
+
+    def convolve(
+        self, seen: dict[str, Tensor], weights: dict[str, Tensor], documents_BS: Tensor | None
+    ) -> dict[str, Tensor]:
+        """seen: heads [B, S, H, K] with the conv_size - 1 tokens before them. documents_BS: likewise, if not longer."""
+        out = {}
+        for name, x_BSHK in seen.items():
+            documents = None if documents_BS is None else documents_BS[:, -x_BSHK.shape[1] :]
+            conv = short_conv(x_BSHK, weights[f"conv_{name}"], weights.get(f"conv_{name}_bias"), documents)
+            out[name] = self.activate(conv)
+        return out
+
+    def core_in_place(
+        self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, group: SequenceGroup
+    ) -> Tensor:
+        """Where ranks have stretches of the sequence: each fetches the tokens in front of its own for the convolutions,
+        and the states there."""
+        x = {name: group.rows(head) for name, head in heads.items()}
+        documents_RC = documents_RS = before_R1 = None
+        if side.documents_BT is not None:
+            documents_RC = group.rows(side.documents_BT)
+            documents_RS = torch.cat([group.before(documents_RC, max(self.conv_size - 1, 1), -1), documents_RC], 1)
+            before_R1 = documents_RS[:, -documents_RC.shape[1] - 1, None]
+        seen = {name: torch.cat([group.before(x[name], self.conv_size - 1), x[name]], 1) for name in self.convolved}
+        x |= self.convolve(seen, weights, documents_RS)
+        rule = SpreadRecurrences(documents_RC, before_R1, group)
+        return group.joined(self.mix(x, weights, {}, rule, group.rows(side.positions_BT))[0])
 
 
 def whole(name: str, width: float, hint: str) -> int:

@@ -183,8 +183,7 @@ class LM(nn.Module):
             if keep_BK is not None:
                 h_BTD = h_BTD.take_along_dim(keep_BK[..., None], dim=1)
             return Output(logits=self.head.logits(h_BTD), cache=caches)
-        if local.window is not None:
-            targets_BT = targets_BT.narrow(1, *local.window)
+        targets_BT = local.held(targets_BT)
         loss = self.head.loss(h_BTD, targets_BT)
         total_loss = loss if total is None else loss + total[0]
         return Output(total_loss, loss.detach(), count_targets(targets_BT), losses, stats)

@@ -40,10 +40,8 @@ def uniform_sequences(side: Side, role: str) -> Tensor:
 def uniform(side: Side, role: str, width: int) -> Tensor:
     """Independent draws from (0, 1), float32 [B, T, N], for N = width channels of each token of the side."""
     keys_B = role_keys(side, role)
-    start, length = side.window or (0, side.tokens.shape[1])
-    index_T = torch.arange(start, start + length, device=keys_B.device)
     channel_N = torch.arange(width, device=keys_B.device)
-    return fraction(mixed(mixed(keys_B[:, None], index_T)[..., None], channel_N))
+    return fraction(mixed(mixed(keys_B[:, None], side.index_T)[..., None], channel_N))
 
 
 def normal(side: Side, role: str, width: int) -> Tensor:

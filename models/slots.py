@@ -16,6 +16,7 @@ from models.costly import FUSED_ATTENTION, PRODUCTS
 from models.ends import Closer, Opener
 from models.params import Linear, NoOutput, ParamSpec
 from models.plugin import Plugin
+from models.sequence_group import SequenceGroup
 from models.state import Entry, OwnTokens, Projected, Result, Side, State, Valued, Views
 
 Cache = dict[str, Tensor]
@@ -28,15 +29,21 @@ class Mixer(nn.Module):
     own_tokens and project are token-wise, core per head along the sequence, merge token-wise. Entries over tokens are
     written by own_tokens and read by both; entries over heads are written and read by project. views: those of q, k and
     v that it reads; the others have no norm of their own. value_views: of them, those that only its values come from.
-    costly: names of torch operators whose results selective memory keeps.
+    costly: names of torch operators whose results selective memory keeps. in_place: its core can run where ranks have
+    parts of the sequence, and asks `sequence` for what it needs of the others; that is None where the rank has all.
     """
 
+    in_place: bool = False
     views: tuple[str, ...] = ("q", "k", "v")
     value_views: tuple[str, ...] = ("v",)
     costly: tuple[str, ...] = (*PRODUCTS, *FUSED_ATTENTION)
     reads: tuple[str, ...] = ()
     writes: tuple[Entry, ...] = ()
     has_losses: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sequence: SequenceGroup | None = None
 
     def forward(self, run: Callable[[], Made]) -> Made:
         """`run()`, which uses the parts below. FSDP gathers the parameters of a mixer that layers share meanwhile."""

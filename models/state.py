@@ -132,7 +132,8 @@ class Side:
     documents is None when every row is one document; id -1 marks padding. A `window` (start, length) narrows the
     properties below to the part of the sequence that the caller holds; the fields stay whole. keys: int64 [B], below
     2^32, what each row's random draws are made from (`models.noise`); None where nothing is drawn. choices: stands
-    between a layer and its discrete choices, where it may run again (`models.choices`).
+    between a layer and its discrete choices, where it may run again (`models.choices`). order: int64 [T], the place in
+    the sequence of each token where the fields hold them in another order.
     """
 
     tokens: Tensor
@@ -141,6 +142,7 @@ class Side:
     window: tuple[int, int] | None = None
     keys: Tensor | None = None
     choices: Choose | None = None
+    order: Tensor | None = None
 
     @property
     def draws(self) -> bool:
@@ -158,6 +160,23 @@ class Side:
     def narrow(self, start: int, length: int) -> "Side":
         offset = self.window[0] if self.window else 0
         return dataclasses.replace(self, window=(offset + start, length))
+
+    def ordered(self, order: Tensor) -> "Side":
+        """With the tokens in another order; see `order`."""
+        documents = None if self.documents is None else self.documents[:, order]
+        return dataclasses.replace(
+            self, tokens=self.tokens[:, order], positions=self.positions[:, order], documents=documents, order=order
+        )
+
+    def held(self, x_BT: Tensor) -> Tensor:
+        """Of [B, T, ...] of the whole sequence, in its order, what the tokens of this side have."""
+        return self._windowed(x_BT if self.order is None else x_BT[:, self.order])
+
+    @property
+    def index_T(self) -> Tensor:
+        """The place in the sequence of each token of this side."""
+        index = torch.arange(self.tokens.shape[1], device=self.tokens.device)[None]
+        return self.held(index)[0]
 
     def _windowed(self, x_BT: Tensor) -> Tensor:
         return x_BT.narrow(1, *self.window) if self.window else x_BT

@@ -1,10 +1,16 @@
-"""Context parallelism by Ulysses (DeepSpeed-Ulysses, arXiv 2309.14509).
+"""Context parallelism: what a mixer's core gets where ranks hold parts of the sequence.
 
-Every mixer's core sees the whole sequence of its heads. Around `core` heads are exchanged for tokens and back;
-projections and merges stay on the rank's share of the sequence.
+Ulysses (DeepSpeed-Ulysses, arXiv 2309.14509): every mixer's core sees the whole sequence of its heads. Around `core`
+heads are exchanged for tokens and back; projections and merges stay on the rank's share of the sequence.
+
+In place, with `context: ring`: tokens stay where they are. Mixers that can ask the other ranks for what they need
+(`Mixer.in_place`): keys and values that go round, states, the tokens in front. The others' cores run by Ulysses.
 Shape suffixes: B batch, T sequence (share), H heads.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from models.boundary import Core, LocalCore
@@ -13,9 +19,22 @@ from models.slots import Cache
 from models.state import Side
 from parallel.collectives import all_to_all, gather
 from parallel.mesh import Mesh, Ranks
+from parallel.ring import order
+from parallel.sequence import RankSequence
+
+Order = Callable[[int, torch.device], Tensor]
 
 
-class UlyssesCore(LocalCore):
+def order_of(mesh: Mesh) -> Order | None:
+    """From a length to the place in the sequence of each token (see `Side.order`); None where they lie as they come."""
+    if mesh.cp.size == 1 or mesh.config.context != "ring":
+        return None
+    return lambda length, device: order(length, mesh.cp.size, device)
+
+
+class InPlaceCore(LocalCore):
+    """`core` on this rank's tokens."""
+
     splits = True
 
     def __init__(self, cp: Ranks) -> None:
@@ -25,9 +44,29 @@ class UlyssesCore(LocalCore):
         self, core: Core, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
     ) -> tuple[Tensor, Cache | None]:
         assert cache is None, "decoding does not run under context parallelism"
+        length = side.tokens.shape[1]
+        own = side.ordered(order(length, self.cp.size, side.tokens.device))
+        share = length // self.cp.size
+        return core(heads, weights, own.narrow(self.cp.index * share, share), None)
+
+
+class UlyssesCore(LocalCore):
+    splits = True
+
+    def __init__(self, cp: Ranks, order: Order | None) -> None:
+        self.cp, self.order = cp, order
+
+    def __call__(
+        self, core: Core, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
+        assert cache is None, "decoding does not run under context parallelism"
         moved = {name: gather(x, 1, self.cp) if x.dim() == 2 else self.to_heads(x) for name, x in heads.items()}
+        order = None if self.order is None else self.order(side.tokens.shape[1], side.tokens.device)
+        if order is not None:
+            places = order.argsort()
+            moved = {name: x[:, places] for name, x in moved.items()}
         out_BTHV, _ = core(moved, {name: self.rows(weight) for name, weight in weights.items()}, side, None)
-        return self.to_tokens(out_BTHV), None
+        return self.to_tokens(out_BTHV if order is None else out_BTHV[:, order]), None
 
     def to_heads(self, x_BTH: Tensor) -> Tensor:
         """[B, T, H, ...] to [B, T * cp, H / cp, ...].
@@ -57,6 +96,13 @@ class UlyssesCore(LocalCore):
 
 
 def parallelize(model: LM, mesh: Mesh) -> None:
-    if mesh.cp.size > 1:
-        for layer in model.blocks:
-            layer.mixer.branch.run_core = UlyssesCore(mesh.cp)
+    if mesh.cp.size == 1:
+        return
+    order = order_of(mesh)
+    for layer in model.blocks:
+        branch = layer.mixer.branch
+        if order is not None and branch.mixer.in_place:
+            branch.mixer.sequence = RankSequence(mesh.cp)
+            branch.run_core = InPlaceCore(mesh.cp)
+        else:
+            branch.run_core = UlyssesCore(mesh.cp, order)

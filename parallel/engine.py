@@ -155,7 +155,7 @@ class Engine:
             pipeline.refuse(self.mesh.config, len(self.config.expanded), micro_batches)
         for held in self.held():
             held.parameter.grad = None
-        batch = pad(batch, self.mesh.sequence.size)
+        batch = pad(batch, self.mesh.config.sequence_multiple)
         tokens = int(self._sum_over_data((batch.targets != IGNORE).sum()))
         scale = 1.0 / max(tokens, 1)
         run = self._pipelined if self.stages else self._local
@@ -253,7 +253,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """(cross-entropy sum, valid targets) of the batches of all data ranks; equal on all ranks. Nothing is drawn."""
-        batch = pad(dataclasses.replace(batch, keys=None), self.mesh.sequence.size)
+        batch = pad(dataclasses.replace(batch, keys=None), self.mesh.config.sequence_multiple)
         with self._computing():
             if self.stages:
                 record = pipeline.relay(self.stages, self.mesh, batch.side(), self.dtype)

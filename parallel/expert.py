@@ -12,6 +12,7 @@ from models.ffn.groups import Grouped, Peers
 from models.ffn.routed import RoutedFFN
 from models.lm import LM
 from parallel.collectives import all_gather, all_to_all
+from parallel.context import Order, order_of
 from parallel.mesh import Mesh, Ranks
 
 
@@ -36,21 +37,24 @@ class AllToAllDispatch(LocalDispatch):
 
 class RankPeers(Peers):
     """`ranks` hold the same groups' tokens. rows: how many different sets of rows they hold; ranks that share one hold
-    its sequence in order, and are numbered side by side."""
+    its sequence in order, or in that of `order`, and are numbered side by side."""
 
-    def __init__(self, ranks: Ranks, rows: int) -> None:
-        self.ranks, self.rows = ranks, rows
+    def __init__(self, ranks: Ranks, rows: int, order: Order | None) -> None:
+        self.ranks, self.rows, self.order = ranks, rows, order
 
     def sum(self, x: Tensor) -> Tensor:
         return self.ranks.sum_(x.clone())
 
     def gather(self, x_BT: Tensor) -> Tensor:
         parts = all_gather(x_BT[None], 0, self.ranks).unflatten(0, (self.rows, -1))
-        return parts.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        whole_BT = parts.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        return whole_BT if self.order is None else whole_BT[:, self.order(whole_BT.shape[1], x_BT.device).argsort()]
 
     def own(self, x_BT: Tensor) -> Tensor:
         count = self.ranks.size // self.rows
         row, index = divmod(self.ranks.index, count)
+        if self.order is not None:
+            x_BT = x_BT[:, self.order(x_BT.shape[1], x_BT.device)]
         return x_BT.chunk(self.rows, 0)[row].chunk(count, 1)[index]
 
 
@@ -61,9 +65,11 @@ def parallelize(model: LM, mesh: Mesh) -> None:
     """
     ranked = [s.branch for layer in model.blocks for s in (layer.mixer, layer.ffn) if s.by_rank is not None]
     alone = {module for branch in ranked for module in branch.modules()}
+    order = order_of(mesh)
     for module in model.modules():
         if isinstance(module, RoutedFFN) and mesh.ep.size > 1:
             module.dispatch = AllToAllDispatch(mesh.ep)
         if isinstance(module, Grouped):
             row, everyone = (mesh.cp, mesh.data) if module in alone else (mesh.sequence, mesh.stage)
-            module.peers = RankPeers(row, 1) if module.group == "sequence" else RankPeers(everyone, mesh.data_size)
+            sequence = module.group == "sequence"
+            module.peers = RankPeers(row if sequence else everyone, 1 if sequence else mesh.data_size, order)

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from models.limits import at_least
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")
+CONTEXTS = ("ulysses", "ring")
 MOST_RANKS = 2**20  # more than any machine has, and few enough to look for the nearest mesh that works
 SPLIT_BACKWARD = ("zero_bubble", "zbv", "dualpipev")
 
@@ -24,10 +25,11 @@ class MeshConfig:
     """Degrees of parallelism.
 
     dp: replicas. fsdp: ranks that share one copy of the parameters. hsdp: "RxS", the same as dp=R with fsdp=S.
-    tp: tensor and sequence. cp: context (Ulysses). ep: experts, over ranks that the other degrees provide.
-    etp: expert tensor, not built yet. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved, zero_bubble, zbv or
-    dualpipev. reshard: whether the parameters that FSDP gathers for a layer are freed after its forward pass and
-    gathered again for its backward pass (ZeRO-3), or stay in between (ZeRO-2).
+    reshard: whether the parameters that FSDP gathers for a layer are freed after its forward pass and gathered again
+    for its backward pass (ZeRO-3), or stay in between (ZeRO-2). tp: tensor and sequence. cp: context. context: how its
+    ranks mix along the sequence: ulysses exchanges heads for tokens around every mixer's core; ring leaves tokens in
+    place, sends keys and values round, and states on. ep: experts, over ranks that the other degrees provide. etp:
+    expert tensor, not built yet. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved, zero_bubble, zbv or dualpipev.
     """
 
     dp: int = 1
@@ -35,6 +37,7 @@ class MeshConfig:
     hsdp: str | None = None
     tp: int = 1
     cp: int = 1
+    context: str = "ulysses"
     ep: int = 1
     etp: int = 1
     pp: int = 1
@@ -52,10 +55,13 @@ class MeshConfig:
                 raise ValueError(f"hsdp is {self.hsdp!r}; write replicas x shards, such as 2x2")
             if self.dp != 1 or self.fsdp != 1:
                 raise ValueError(f"hsdp={self.hsdp} already says dp and fsdp; leave those out")
-        if self.schedule not in SCHEDULES:
-            near = difflib.get_close_matches(self.schedule, SCHEDULES, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"schedule is {self.schedule!r}; {hint}the schedules are {', '.join(SCHEDULES)}")
+        for name, kinds in (("schedule", SCHEDULES), ("context", CONTEXTS)):
+            if getattr(self, name) not in kinds:
+                near = difflib.get_close_matches(getattr(self, name), kinds, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ValueError(f"{name} is {getattr(self, name)!r}; {hint}it is one of {', '.join(kinds)}")
+        if self.context != "ulysses" and self.cp == 1:
+            raise ValueError(f"context={self.context} is for context ranks, and cp is 1; leave it out, or give cp too")
         if self.schedule != "1f1b" and self.pp == 1:
             raise ValueError(
                 f"schedule={self.schedule} is for pipeline ranks, and pp is 1; leave schedule out, or give pp too"
@@ -92,6 +98,11 @@ class MeshConfig:
         return self.pp * self.stage_size
 
     @property
+    def sequence_multiple(self) -> int:
+        """What the length of a sequence is filled up to a multiple of: a ring's ranks have two stretches each."""
+        return self.cp * self.tp * (2 if self.context == "ring" else 1)
+
+    @property
     def splits_backward(self) -> bool:
         return self.pp > 1 and self.schedule in SPLIT_BACKWARD
 
@@ -108,7 +119,7 @@ class MeshConfig:
                 raise ValueError(f"mesh has no key {key!r}; {hint}the keys are {', '.join(fields)}")
             if key in values:
                 raise ValueError(f"mesh gives {key} twice; give it once")
-            if key in ("hsdp", "schedule"):
+            if key in ("hsdp", "schedule", "context"):
                 values[key] = value
             elif key == "reshard":
                 if value not in ("true", "false"):
@@ -134,6 +145,8 @@ class MeshConfig:
             sizes.insert(0, f"hsdp={self.hsdp}")
         if self.pp > 1:
             sizes.append(f"schedule={self.schedule}")
+        if self.context != "ulysses":
+            sizes.append(f"context={self.context}")
         if not self.reshard:
             sizes.append("reshard=false")
         return ",".join(sizes) or "one process"

@@ -12,7 +12,7 @@ from configs.structure import instantiate
 from models.config import LMConfig
 from models.lm import LM
 from models.memory.base import MemoryConfig
-from models.params import Axis, Parts, named_specs
+from models.params import Axis, ParamSpec, Parts, named_specs
 from models.pieces import TENSOR_AXES, fits
 from models.slots import FFNConfig
 from parallel import pipeline
@@ -71,31 +71,44 @@ def refuse_ranks(model: LM, mesh: MeshConfig) -> None:
             f"not divide that; use tp={fits}, or train another model with as many ranks as tp"
         )
     here = (ranks or 1) // mesh.tp
-    if here % mesh.cp and mesh.cp % here:
+    if here % mesh.cp and mesh.cp % here and exchanged(model, mesh):
         raise ValueError(
             f"residual {model.config.residual.kind} makes {here} streams on each of tp={mesh.tp} tensor ranks, and "
             f"cp={mesh.cp} neither divides that nor is a multiple of it; use cp=1"
         )
 
 
-def all_axes(module: nn.Module) -> Iterator[tuple[str, Axis]]:
-    """(parameter's name, axis) of every dimension that names one."""
-    for name, _, _, spec in named_specs(module):
-        for dim in spec.axes:
-            axes = dim.axes if isinstance(dim, Parts) else (dim,)
-            yield from ((name, axis) for axis in axes if axis is not None)
+def exchanged(model: LM, mesh: MeshConfig) -> set[nn.Module]:
+    """The parts of all layers whose heads context ranks exchange for tokens."""
+    ulysses = mesh.context == "ulysses"
+    layers = [layer.mixer for layer in model.blocks if ulysses or not layer.mixer.branch.mixer.in_place]
+    return {part for layer in layers for part in layer.modules()}
+
+
+def split_axes(model: LM, mesh: MeshConfig, key: str) -> Iterator[tuple[str, Axis]]:
+    """(parameter's name, axis) of every dimension that the ranks of `key` split: tp, ep, or cp with tp."""
+    parts = exchanged(model, mesh) if key == "cp" else None
+    for name, module, _, spec in named_specs(model):
+        if parts is None or module in parts:
+            yield from ((name, axis) for axis in axes_in(spec) if axis.name in SPLIT[key])
+
+
+def axes_in(spec: ParamSpec) -> list[Axis]:
+    """Of every dimension of a parameter that names one."""
+    axes = [axis for dim in spec.axes for axis in (dim.axes if isinstance(dim, Parts) else (dim,))]
+    return [axis for axis in axes if axis is not None]
 
 
 def uneven(model: LM, mesh: MeshConfig, key: str) -> list[tuple[str, Axis]]:
     """(parameter's name, axis) of what does not split evenly over the ranks of `key`: tp, ep, or cp with tp."""
     count = mesh.tp * mesh.cp if key == "cp" else getattr(mesh, key)
-    return [(name, axis) for name, axis in all_axes(model) if axis.name in SPLIT[key] and not fits(axis, count)]
+    return [(name, axis) for name, axis in split_axes(model, mesh, key) if not fits(axis, count)]
 
 
 def nearest(model: LM, mesh: MeshConfig, key: str) -> str:
     """The way out that a refusal names, such as "ep=2" or "ep=2 with dp=2": the largest smaller degree of `key` that
     splits evenly; one after which nothing is uneven, if there is one, with as few changes as that takes."""
-    axes = {axis for _, axis in all_axes(model) if axis.name in SPLIT[key]}
+    axes = {axis for _, axis in split_axes(model, mesh, key)}
     times = mesh.tp if key == "cp" else 1
     smaller = range(getattr(mesh, key) - 1, 0, -1)
     even = [degree for degree in smaller if all(fits(axis, degree * times) for axis in axes)]
@@ -132,7 +145,7 @@ def holds(model: LM, mesh: MeshConfig, changes: dict[str, int | str]) -> bool:
 
 def axes_of(module: nn.Module) -> set[str]:
     """The names of all axes that a module's parameters declare."""
-    return {axis.name for _, axis in all_axes(module)}
+    return {axis.name for _, _, _, spec in named_specs(module) for axis in axes_in(spec)}
 
 
 def has_experts(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from models.pieces import Part, split
 from models.state import Layout, Side, State, Views
 from models.tensor_group import TensorGroup
 from parallel.collectives import all_gather, gather, scatter_sum, sum_all
+from parallel.context import Order, order_of
 from parallel.mesh import Mesh, Ranks
 
 
@@ -139,7 +140,7 @@ def parallelize(model: LM, mesh: Mesh, heads: frozenset[str]) -> None:
     """Set every branch's boundary and the vocabulary's ends; `heads`: see `over_heads` of the whole model."""
     tp, cp = mesh.tp, mesh.cp
     if mesh.sequence.size > 1:
-        model.shard = TokenShard(tp, cp)
+        model.shard = TokenShard(tp, cp, order_of(mesh))
     if tp.size == 1:
         return
     for layer in model.blocks:
@@ -157,14 +158,16 @@ def parallelize(model: LM, mesh: Mesh, heads: frozenset[str]) -> None:
 
 
 class TokenShard:
-    """This rank's window of the sequence: context ranks first, tensor ranks inside."""
+    """This rank's window of the sequence, or of an order of its tokens: context ranks first, tensor ranks inside."""
 
-    def __init__(self, tp: Ranks, cp: Ranks) -> None:
-        self.count, self.index = cp.size * tp.size, cp.index * tp.size + tp.index
+    def __init__(self, tp: Ranks, cp: Ranks, order: Order | None) -> None:
+        self.count, self.index, self.order = cp.size * tp.size, cp.index * tp.size + tp.index, order
 
     def __call__(self, side: Side) -> Side:
         length, rest = divmod(side.tokens.shape[1], self.count)
         assert rest == 0, "the engine pads the sequence to a multiple of cp x tp"
+        if self.order is not None:
+            side = side.ordered(self.order(side.tokens.shape[1], side.tokens.device))
         return side.narrow(self.index * length, length)
 
 

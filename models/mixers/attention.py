@@ -86,6 +86,8 @@ class AttentionConfig(MixerConfig, kind="attention"):
 class Attention(Mixer):
     """`reading` is what a relative of softmax attention has of its own."""
 
+    in_place = True
+
     def __init__(self, config: AttentionConfig, ctx: LayerContext, head_dim: int) -> None:
         super().__init__()
         self.config, self.head_dim = config, head_dim
@@ -136,6 +138,8 @@ class Attention(Mixer):
         read, positions_BT, window = self.reading(heads, weights), side.positions_BT, self.config.window
         q_BTHK, k_BSJK = self.turned(heads["q"], heads["k"], positions_BT)
         v_BSJV, gate_BS = heads["v"], heads.get(KEY_GATE)
+        if self.sequence is not None:
+            return read.spread(q_BTHK, k_BSJK, v_BSJV, gate_BS, side, window, self.sequence), None
         if cache is None and gate_BS is None:
             documents_BT = None if side.documents is None else side.documents_BT
             return read.causal(q_BTHK, k_BSJK, v_BSJV, positions_BT, documents_BT, window), None

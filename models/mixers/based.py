@@ -14,8 +14,9 @@ from torch import Tensor
 
 from models.context import LayerContext
 from models.limits import at_least, head_width
-from models.linear import LinearMixer, Rule, normalized, rule_flops
+from models.linear import LinearMixer, normalized, rule_flops
 from models.params import Axis, Linear, upcast
+from models.recurrences import Recurrences
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
 
@@ -77,7 +78,7 @@ class Based(LinearMixer):
         return Projected(heads, {})
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         scale = self.config.feature_dim**-0.5
         return normalized(rule, taylor(x["q"], scale), taylor(x["k"], scale), x["v"], x, past, self.config.eps)

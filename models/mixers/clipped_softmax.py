@@ -36,6 +36,7 @@ class ClippedSoftmaxConfig(AttentionConfig, kind="clipped_softmax"):
 
 
 class ClippedAttention(Attention):
+    in_place = False  # a weight is clipped once the sum over all keys is known
     config: ClippedSoftmaxConfig
 
     def reading(self, heads: dict[str, Tensor], weights: dict[str, Tensor]) -> Attend:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from models.context import LayerContext
 from models.limits import at_least, head_width
-from models.linear import LinearMixer, Rule, key_gated, rule_flops, unit
+from models.linear import LinearMixer, key_gated, rule_flops, unit
 from models.params import Axis, Linear, RMSNorm, upcast
+from models.recurrences import Recurrences
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
 
@@ -81,7 +82,7 @@ class DeltaNet(LinearMixer):
         return Projected(heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)})
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         q, k, beta_BTH = unit(x["q"]), unit(x["k"]), key_gated(x["beta"], x)
         scale = self.width**-0.5

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import at_least
-from models.linear import LinearMixer, LogUniform, Rule, TimeStepBias, key_gated, refuse_ungrouped, rule_flops, unit
+from models.linear import LinearMixer, LogUniform, TimeStepBias, key_gated, refuse_ungrouped, rule_flops, unit
 from models.params import Axis, Linear, RMSNorm, declare, upcast
+from models.recurrences import Recurrences
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
 
@@ -106,7 +107,7 @@ class GatedDeltaNet(LinearMixer):
         return Projected(heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)})
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         q, k, beta_BTJ = unit(x["q"]), unit(x["k"]), key_gated(x["beta"], x)
         scale = q.shape[-1] ** -0.5

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from models.context import LayerContext
 from models.limits import above_zero, at_least
-from models.linear import LinearMixer, Rule, SharedHeadsConfig, key_gated, rule_flops
+from models.linear import LinearMixer, SharedHeadsConfig, key_gated, rule_flops
 from models.params import Axis, Linear, RMSNorm, upcast
+from models.recurrences import Recurrences
 from models.slots import Cache, Mixer
 from models.state import Projected, Side, State, Views
 
@@ -86,7 +87,7 @@ class GLA(LinearMixer):
         return Projected(heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)})
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         groups = x["q"].shape[2] // x["k"].shape[2]
         k, v, g = (y.repeat_interleave(groups, 2) for y in (x["k"], key_gated(x["v"], x), x["g"]))

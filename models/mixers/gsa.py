@@ -13,8 +13,9 @@ from torch import Tensor
 from models.context import LayerContext
 from models.head_norm import NormedOutput
 from models.limits import above_zero, at_least
-from models.linear import LinearMixer, Rule, SharedHeadsConfig, key_gated, rule_flops
+from models.linear import LinearMixer, SharedHeadsConfig, key_gated, rule_flops
 from models.params import Axis, Linear, upcast
+from models.recurrences import Recurrences, Rule
 from models.slots import Cache, Mixer
 from models.state import Projected, Side, State, Views
 
@@ -76,7 +77,7 @@ class GSA(LinearMixer):
         return Projected(heads, {})
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         g = F.logsigmoid(upcast(x["forget"])) / self.config.gate_normalizer
         s = key_gated(-torch.expm1(g), x)

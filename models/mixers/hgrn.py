@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.head_norm import NormedOutput
-from models.kernels.diagonal import scan
 from models.limits import at_least
-from models.linear import LinearMixer, Rule, key_gated, whole
+from models.linear import LinearMixer, key_gated, whole
 from models.lower_bounds import forgetting, share_bounds
 from models.params import Axis, Linear
+from models.recurrences import Recurrences
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
 
@@ -94,11 +94,11 @@ class HGRN(LinearMixer):
         return x_BTHK
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         room, log_decay = forgetting(x["forget"], weights.get("bounds"))
         written = key_gated(F.silu(x["v"]) * room, x)
-        out_BTHV, state_BHV = scan(log_decay.exp(), written, side.documents_BT, past.get("state"))
+        out_BTHV, state_BHV = rule.scan(log_decay.exp(), written, past.get("state"))
         return out_BTHV.to(x["v"].dtype), {"state": state_BHV}
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from models.context import LayerContext
 from models.head_norm import NormedOutput
 from models.limits import at_least
-from models.linear import LinearMixer, Rule, key_gated, rule_flops, whole
+from models.linear import LinearMixer, key_gated, rule_flops, whole
 from models.lower_bounds import forgetting, share_bounds
 from models.params import Axis, Linear
+from models.recurrences import Recurrences
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
 
@@ -93,7 +94,7 @@ class HGRN2(LinearMixer):
         return x_BTHK
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         k, g = forgetting(x["forget"], weights.get("bounds"))
         q, v = F.silu(x["q"]), key_gated(x["v"], x)

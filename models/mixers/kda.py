@@ -12,18 +12,9 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.limits import at_least
-from models.linear import (
-    LinearMixer,
-    LogUniform,
-    Rule,
-    TimeStepBias,
-    key_gated,
-    refuse_ungrouped,
-    rule_flops,
-    unit,
-    whole,
-)
+from models.linear import LinearMixer, LogUniform, TimeStepBias, key_gated, refuse_ungrouped, rule_flops, unit, whole
 from models.params import Axis, Constant, Linear, RMSNorm, declare, upcast
+from models.recurrences import Recurrences
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
 
@@ -118,7 +109,7 @@ class KDA(LinearMixer):
         return Projected(heads, {"gate": self.gate_up(self.gate_down(views.q_BTD))})
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         q, k, beta_BTJ = unit(x["q"]), unit(x["k"]), key_gated(x["beta"], x)
         scale = q.shape[-1] ** -0.5

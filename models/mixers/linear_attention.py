@@ -12,8 +12,9 @@ from torch import Tensor
 
 from models.context import LayerContext
 from models.limits import above_zero, at_least, head_width
-from models.linear import LinearMixer, Rule, key_gated, normalized, rule_flops
+from models.linear import LinearMixer, key_gated, normalized, rule_flops
 from models.params import Axis, Linear
+from models.recurrences import Recurrences
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
 
@@ -76,7 +77,7 @@ class LinearAttention(LinearMixer):
         return Projected(heads, {})
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         q, k = (F.elu(y) + 1 if self.config.feature_map == "elu" else F.relu(y) for y in (x["q"], x["k"]))
         q = q * self.width**-0.5

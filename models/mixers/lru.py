@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.kernels.diagonal import scan_pairs
 from models.limits import above_zero, at_least
-from models.linear import LinearMixer, Rule, key_gated, whole
+from models.linear import LinearMixer, key_gated, whole
 from models.params import Axis, FanIn, Linear, declare, upcast
+from models.recurrences import Recurrences
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
 
@@ -108,13 +108,13 @@ class LRU(LinearMixer):
         return Projected({"v": v_BTHV}, {"skip": views.v_BTD * self.skip})
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         log_rate, log_angle, log_scale = upcast(weights["ring"]).unbind(-1)
         radius, angle = (-log_rate.exp()).exp(), log_angle.exp()
         eigenvalue_HS2 = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
         x_BTHS2 = key_gated(upcast(x["v"]).unflatten(-1, (-1, 2)) * log_scale.exp()[..., None], x)
-        out, state = scan_pairs(eigenvalue_HS2.expand_as(x_BTHS2), x_BTHS2, side.documents_BT, past.get("state"))
+        out, state = rule.scan_pairs(eigenvalue_HS2.expand_as(x_BTHS2), x_BTHS2, past.get("state"))
         return out.flatten(-2).to(x["v"].dtype), {"state": state}
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:

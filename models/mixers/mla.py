@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
-from models.kernels.attention import as_bias, as_gated_bias, attend, attend_causal, visibility
+from models.kernels.attention import as_bias, as_gated_bias, attend, attend_causal, attend_spread, visibility
 from models.limits import at_least
 from models.params import Axis, Linear, RMSNorm, upcast
 from models.rope import angles, rotate_half, rotate_interleaved
@@ -69,6 +69,7 @@ class MLA(Mixer):
     """Latents are made once per token. Each head makes its keys and values from them, and decoding needs neither: the
     cache holds latents and shared keys. With values that other layers had a part in, it holds those too."""
 
+    in_place = True
     value_views = ()  # keys come from them too
 
     def __init__(self, config: MLAConfig, ctx: LayerContext) -> None:
@@ -118,6 +119,9 @@ class MLA(Mixer):
         positions_BT, gate_BS, w_HKC = side.positions_BT, heads.get(KEY_GATE), weights["k"]
         q_BTHN, shared_BS1P = self.turn(heads["q"], heads["shared_key"], positions_BT)
         new = {"latent": heads["latent"], "shared_key": shared_BS1P}
+        if self.sequence is not None:
+            keys_BTHN = self.keys(new, w_HKC)
+            return attend_spread(q_BTHN, keys_BTHN, heads["v"], gate_BS, side, None, self.sequence), None
         if cache is None and gate_BS is None:
             documents_BT = None if side.documents is None else side.documents_BT
             k_BSHN = self.keys(new, w_HKC)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from models.context import LayerContext
 from models.limits import at_least
-from models.linear import LinearMixer, Rule, key_gated, rule_flops, whole
+from models.linear import LinearMixer, key_gated, rule_flops, whole
 from models.params import Axis, Linear, upcast
+from models.recurrences import Recurrences
 from models.rope import angles, rotate_half
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import OwnTokens, Projected, Side, State, Views
@@ -92,10 +93,10 @@ class Retention(LinearMixer):
         return Projected(heads, {} if self.gate is None else {"gate": self.gate(views.q_BTD)})
 
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         dtype = torch.promote_types(x["q"].dtype, torch.float32)
-        cos, sin = angles(side.positions_BT, self.key, self.config.rope_theta, dtype)
+        cos, sin = angles(positions_BT, self.key, self.config.rope_theta, dtype)
         q, k, v = rotate_half(x["q"], cos, sin), rotate_half(x["k"], cos, sin), key_gated(x["v"], x)
         out_BTHV, state_BHKV = rule(q, k, v, x["g"], scale=self.key**-0.5, state_BJKV=past.get("state"))
         return out_BTHV, {"state": state_BHKV}

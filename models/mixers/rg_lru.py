@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.kernels.diagonal import scan
 from models.limits import at_least
-from models.linear import LinearMixer, Rule, key_gated, whole
+from models.linear import LinearMixer, key_gated, whole
 from models.params import Axis, Constant, Linear, Normal, declare, upcast
+from models.recurrences import Recurrences
 from models.slots import Cache, Mixer, MixerConfig
 from models.state import Projected, Side, State, Views
 
@@ -97,28 +97,16 @@ class RGLRU(LinearMixer):
     def activate(self, x_BTHK: Tensor) -> Tensor:
         return x_BTHK
 
-    def core(
-        self, heads: dict[str, Tensor], weights: dict[str, Tensor], side: Side, cache: Cache | None
-    ) -> tuple[Tensor, Cache | None]:
-        return super().core({**heads, "starts": starts(side, cache or {})}, weights, side, cache)
-
     def mix(
-        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Rule, side: Side
+        self, x: dict[str, Tensor], weights: dict[str, Tensor], past: Cache, rule: Recurrences, positions_BT: Tensor
     ) -> tuple[Tensor, Cache]:
         v_BTHV = upcast(x["v"])
-        decay, written = gates(v_BTHV, weights, x["starts"])
-        out_BTHV, state_BHV = scan(decay, key_gated(written, x), side.documents_BT, past.get("state"))
+        decay, written = gates(v_BTHV, weights, rule.starts(v_BTHV))
+        out_BTHV, state_BHV = rule.scan(decay, key_gated(written, x), past.get("state"))
         return out_BTHV.to(x["v"].dtype), {"state": state_BHV}
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
         return self.o(out_BTHV.flatten(-2) * F.gelu(kept["gate"], approximate="tanh"))
-
-
-def starts(side: Side, past: Cache) -> Tensor:
-    """[B, T]: the first tokens of documents."""
-    ids_BT = side.documents_BT if side.documents_BT is not None else torch.zeros_like(side.positions_BT)
-    before_B1 = past["documents"][:, -1:] if past else torch.full_like(ids_BT[:, :1], -1)
-    return (ids_BT != torch.cat([before_B1, ids_BT[:, :-1]], 1)) & (ids_BT >= 0)
 
 
 def gates(x_BTHV: Tensor, weights: dict[str, Tensor], starts_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,19 @@ from torch import Tensor
 
 from models.kernels.attention.blocked import attend_blocked
 from models.kernels.attention.reference import as_bias, as_gated_bias, attend, visibility
+from models.sequence_group import SequenceGroup
+from models.state import Side
 
-__all__ = ["Attend", "Softmax", "as_bias", "as_gated_bias", "attend", "attend_causal", "visibility"]
+__all__ = [
+    "Attend",
+    "Softmax",
+    "as_bias",
+    "as_gated_bias",
+    "attend",
+    "attend_causal",
+    "attend_spread",
+    "visibility",
+]
 
 
 def attend_causal(
@@ -36,8 +47,21 @@ def attend_causal(
     return attend(q_BTHK, k_BTJK, v_BTJV, as_bias(visible, q_BTHK.dtype))
 
 
+def attend_spread(
+    q_BTHK: Tensor,
+    k_BTJK: Tensor,
+    v_BTJV: Tensor,
+    gate_BT: Tensor | None,
+    side: Side,
+    window: int | None,
+    group: SequenceGroup,
+) -> Tensor:
+    """See `Attend.spread`."""
+    return group.attend(q_BTHK, k_BTJK, v_BTJV, gate_BT, side.positions, side.documents, window)[0]
+
+
 class Attend(Protocol):
-    """What weighs values by scores q k / sqrt(K), two ways to the same numbers. Both return [B, T, H, V]."""
+    """What weighs values by scores q k / sqrt(K), ways to the same numbers. All return [B, T, H, V]."""
 
     def causal(
         self,
@@ -55,7 +79,22 @@ class Attend(Protocol):
         """Over any keys. bias_BTS is added to the scores; -inf hides a key."""
         ...
 
+    def spread(
+        self,
+        q_BTHK: Tensor,
+        k_BTJK: Tensor,
+        v_BTJV: Tensor,
+        gate_BT: Tensor | None,
+        side: Side,
+        window: int | None,
+        group: SequenceGroup,
+    ) -> Tensor:
+        """Causal, where the ranks of `group` have parts of the sequence. gate_BT: see `as_gated_bias`. side: of this
+        rank's tokens."""
+        ...
+
 
 class Softmax:
     causal = staticmethod(attend_causal)
     masked = staticmethod(attend)
+    spread = staticmethod(attend_spread)
