@@ -114,15 +114,21 @@ class SpreadRecurrences(Recurrences):
 
     def _before(self, through_B: Tensor, final_B: Tensor, times: Times) -> Tensor:
         """The state in front of each stretch that is here."""
+        goes_on_B = self._goes_on(final_B)
+        # A document that begins with a stretch passes nothing on from before it, to the stretches behind neither.
+        through_B = through_B * goes_on_B.view(-1, *(1,) * (through_B.dim() - 1))
         through_SB, final_SB = self._group.everyone(through_B), self._group.everyone(final_B)
         state_B = torch.zeros_like(final_SB[0])
         states = []
         for part in range(len(final_SB)):
             states.append(state_B)
             state_B = times(through_SB[part], state_B) + final_SB[part]
-        state_B = self._group.own(torch.stack(states))
+        return self._group.own(torch.stack(states)) * goes_on_B.view(-1, *(1,) * (final_B.dim() - 1))
+
+    def _goes_on(self, x_B: Tensor) -> Tensor:
+        """[B]: whether the first token of a stretch is of the document before it, as padding always is. x: anything of
+        that batch."""
         if self.documents_BT is None or self.before_B1 is None:
-            return state_B
+            return torch.ones(x_B.shape[0], dtype=torch.bool, device=x_B.device)
         first_B = self.documents_BT[:, 0]
-        goes_on_B = (first_B == self.before_B1[:, 0]) | (first_B < 0)
-        return state_B * goes_on_B.view(-1, *(1,) * (state_B.dim() - 1))
+        return (first_B == self.before_B1[:, 0]) | (first_B < 0)
