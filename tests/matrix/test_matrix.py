@@ -10,9 +10,10 @@ from configs.structure import instantiate, to_plain
 from models.config import LMConfig
 from models.ffn.experts import Experts
 from models.lm import LM
+from models.slots import MixerConfig
 from parallel import check
 from parallel.engine import Engine
-from parallel.mesh import Mesh, MeshConfig
+from parallel.mesh import CONTEXTS, Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, MANY, build, describe, draw, every_kind, of_kind, plain
 
@@ -24,6 +25,12 @@ MESHES = (
     "tp=4",
     "cp=4",
     "cp=2,tp=2",
+    "cp=2,context=ring",
+    "cp=4,context=ring",
+    "cp=2,tp=2,context=ring",
+    "ep=2,cp=2,context=ring",
+    "fsdp=2,cp=2,context=ring",
+    "cp=2,pp=2,schedule=zbv,context=ring",
     "pp=2,schedule=gpipe",
     "pp=2",
     "pp=4",
@@ -122,6 +129,12 @@ def test_tokens_stop_at_different_steps() -> None:
     assert sum(count > 0 for count in stopped) > 1, steps
 
 
+@pytest.mark.parametrize("kind", sorted(MixerConfig.kinds()))
+def test_every_mixer_in_place(kind: str, pool: Pool) -> None:
+    """Stretches of three tokens: documents begin with some of them, and convolutions see further back."""
+    assert_equal(of_kind("mixer", kind), "cp=4,context=ring", pool)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh(mesh: str, pool: Pool) -> None:
     assert_equal(COMBINATIONS["hybrid"], mesh, pool)
@@ -196,6 +209,8 @@ def random_mesh(generator: random.Random, config: LMConfig) -> MeshConfig:
             mesh = MeshConfig(
                 **degrees,
                 schedule=generator.choice(("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")),
+                context=generator.choice(CONTEXTS),
+                reshard=generator.random() < 0.7,
             )
             if 2 <= mesh.world_size <= 8:
                 check.refuse_combination(config, mesh, check.Settings())
