@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from models.boundary import Core, LocalCore
+from models.config import LMConfig
 from models.lm import LM
 from models.slots import Cache
 from models.state import Side
 from parallel.collectives import all_to_all, gather
-from parallel.mesh import Mesh, Ranks
+from parallel.mesh import Mesh, MeshConfig, Ranks
 from parallel.ring import order
 from parallel.sequence import RankSequence
 
@@ -106,3 +107,16 @@ def parallelize(model: LM, mesh: Mesh) -> None:
             branch.run_core = InPlaceCore(mesh.cp)
         else:
             branch.run_core = UlyssesCore(mesh.cp, order)
+
+
+def exchanging(config: LMConfig, mesh: MeshConfig) -> str | None:
+    """One line on the mixers that a ring's ranks cannot leave in place, if there are some."""
+    if mesh.context != "ring":
+        return None
+    with torch.device("meta"):
+        blocks = LM(config).blocks
+    layers = [layer.index for layer in blocks if not layer.mixer.branch.mixer.in_place]
+    kinds = sorted({config.expanded[index].mixer.kind for index in layers})
+    if not layers:
+        return None
+    return f"context=ring: {len(layers)} of {len(blocks)} layers exchange heads for tokens instead ({', '.join(kinds)})"

@@ -40,6 +40,7 @@ class RankSequence(SequenceGroup):
         ends = torch.cat([ends_SBC.new_full((ends_SBC.shape[1], width, *ends_SBC.shape[3:]), fill), *ends_SBC], 1)
         return self.own(torch.stack([ends[:, kept * number :][:, :width] for number in range(len(ends_SBC))]))
 
+    @torch.compiler.disable()
     def attend(
         self,
         q_BTHK: Tensor,

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from models.lm import LM
+from parallel.context import exchanging
 from parallel.mesh import Mesh
 from trainer import metrics
 from trainer.config import RunConfig
@@ -94,7 +95,8 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
         profiled(config.train.profile, folder, mesh) as profile_step,
     ):
         log.say(opening(config, mesh, state, last, origin) if state.step < last else nothing_to_do(config, state, last))
-        for line in data.plan(config.train.steps * size) if state.step < last else ():
+        notes = (exchanging(config.model, mesh.config), *data.plan(config.train.steps * size))
+        for line in filter(None, notes if state.step < last else ()):
             log.say(line)
         if mesh.is_main:
             # A terminal's progress line stands where it would begin.

@@ -68,7 +68,10 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
             "modle: unknown key; did you mean model? the config takes model, run, data, train, optim, schedule, mesh, "
             "memory",
         ),
-        ("mesh.zzz=2", "mesh.zzz: unknown key; mesh takes dp, fsdp, hsdp, tp, cp, ep, etp, pp, schedule, reshard"),
+        (
+            "mesh.zzz=2",
+            "mesh.zzz: unknown key; mesh takes dp, fsdp, hsdp, tp, cp, context, ep, etp, pp, schedule, reshard",
+        ),
         ("model.residual={kind: plain, n: 2}", "model.residual.n: unknown key; plain takes no keys"),
         # missing keys and kinds
         (
@@ -158,7 +161,7 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
         (
             "mesh.schedule=zbw",
             "mesh: schedule is 'zbw'; did you mean zbv? "
-            "the schedules are gpipe, 1f1b, interleaved, zero_bubble, zbv, dualpipev",
+            "it is one of gpipe, 1f1b, interleaved, zero_bubble, zbv, dualpipev",
         ),
         (
             "mesh.schedule=zbv",

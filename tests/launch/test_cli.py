@@ -98,8 +98,8 @@ ALL = (
         ),
         (
             ["check", CONFIG, "--mesh", "tpp=2"],
-            "mesh has no key 'tpp'; did you mean tp? the keys are dp, fsdp, hsdp, tp, cp, ep, etp, pp, schedule, "
-            "reshard",
+            "mesh has no key 'tpp'; did you mean tp? the keys are dp, fsdp, hsdp, tp, cp, context, ep, etp, pp, "
+            "schedule, reshard",
         ),
         (
             ["plugins", "mxer"],

@@ -28,9 +28,10 @@ from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, build
 
-EVERYDAY = ("fsdp=2", "ep=2,fsdp=4", "cp=2,pp=2", "fsdp=2,reshard=false")
+EVERYDAY = ("fsdp=2", "ep=2,fsdp=4", "cp=2,pp=2,context=ring", "fsdp=2,reshard=false")
 MESHES = ("dp=2", "fsdp=2", "fsdp=2,reshard=false", "hsdp=2x2", "hsdp=2x2,reshard=false", "tp=2", "tp=4", "cp=2",
           "ep=2", "pp=2", "pp=4", "fsdp=2,tp=2", "ep=2,fsdp=4", "cp=2,tp=2", "ep=2,cp=2", "fsdp=2,tp=2,pp=2",
+          "cp=2,context=ring", "cp=2,tp=2,context=ring", "cp=2,pp=2",
           "pp=2,schedule=interleaved", "pp=2,schedule=gpipe", "fsdp=2,pp=2,schedule=interleaved",
           "ep=2,fsdp=2,pp=2,reshard=false", "ep=2,fsdp=2,pp=2", "ep=2,tp=2,pp=2")  # fmt: skip
 SPLIT = ("pp=2,schedule=zbv", "pp=2,schedule=zero_bubble", "fsdp=2,pp=2,schedule=dualpipev")

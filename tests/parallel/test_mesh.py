@@ -7,7 +7,7 @@ from parallel import preflight
 from parallel.check import Settings, refuse_combination
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
-from tests.contract.tiny import build
+from tests.contract.tiny import build, plain
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,8 @@ from tests.contract.tiny import build
         ("schedule=zbv", "schedule=zbv is for pipeline ranks, and pp is 1; leave schedule out, or give pp too"),
         ("fsdp=2,reshard=no", "mesh has reshard='no'; it is true or false"),
         ("dp=2,reshard=false", "reshard=false is about parameters that FSDP gathers, and fsdp is 1; leave it out"),
+        ("cp=2,context=rings", "context is 'rings'; did you mean ring? it is one of ulysses, ring"),
+        ("dp=2,context=ring", "context=ring is for context ranks, and cp is 1; leave it out, or give cp too"),
         ("etp=2", "etp is 2; expert tensor parallelism is not built yet, so leave etp out"),
         ("dp=2,ep=4", "ep is 4, which must divide dp x fsdp x cp x tp = 2, whose ranks it borrows; use ep=2, or dp=4"),
         ("hsdp=1x2,ep=4", "use ep=2, or hsdp=2x2"),
@@ -123,6 +125,13 @@ def test_numbering(pool: Pool) -> None:
     assert [a["tp"] for a in answers] == [(0, 2), (1, 2)] * 4
     assert [a["ep"] for a in answers] == [(0, 4), (1, 4), (2, 4), (3, 4)] * 2
     assert all(a["expert_data"] == (0, 1) and a["stage"][1] == 4 for a in answers)
+
+
+def test_a_ring_needs_no_heads_to_share_out() -> None:
+    refuse_combination(build(), MeshConfig.parse("cp=16,context=ring"), Settings())
+    with pytest.raises(ValueError, match=r"cp=16 with tp=1 needs 16 to divide the 8 heads of layers\.0\.mixer"):
+        config = build(mixer=plain("mixer", "clipped_softmax"))
+        refuse_combination(config, MeshConfig.parse("cp=16,context=ring"), Settings())
 
 
 def test_world_size_must_fit() -> None:
