@@ -57,7 +57,22 @@ def validate_entries(annotation: Any, data: dict[str, Any], path: str) -> dict[s
     """A mapping of entries by name; null takes out the entry that a base file gives."""
     item = typing.get_args(annotation)[1]
     kept = {key: value for key, value in data.items() if value is not None or allows_none(item)}
-    return {key: validate(item, value, join(path, key)) for key, value in kept.items()}
+    checked = {}
+    for key, value in kept.items():
+        try:
+            checked[key] = validate(item, value, join(path, key))
+        except ConfigError as error:
+            if (others := [other for other in kept if other != key]) and incomplete(item, value):
+                raise ConfigError(f"{error}; if another was meant, {path} has {', '.join(others)}") from error
+            raise
+    return checked
+
+
+def incomplete(annotation: Any, data: Any) -> bool:
+    """Whether a mapping lacks something that its dataclass needs, as one does that an override makes by mistake."""
+    if not dataclasses.is_dataclass(annotation) or not isinstance(data, dict):
+        return False
+    return any(required(field) and field.name not in data for field in dataclasses.fields(annotation))
 
 
 def validate_slot(slot: Any, data: Any, path: str) -> dict[str, Any]:

@@ -103,38 +103,38 @@ class ByRank:
         )
 
 
-def check_by_rank(part: Mixer | FFN, branch: nn.Module, beside: Beside, ranks: int) -> None:
+def check_by_rank(kind: str, part: Mixer | FFN, branch: nn.Module, beside: Beside, ranks: int) -> None:
     """Raise ValueError for a branch that has no part for each of so many ranks."""
-    name, who = type(part).__name__, f"a residual that gives each of {ranks} tensor ranks a stream of its own"
+    who = f"a residual that gives each of {ranks} tensor ranks a stream of its own"
     writes = cast(tuple[Entry, ...], branch.writes)
     if isinstance(part, FFN) and part.entry == "tokens" and not part.by_part:
         raise ValueError(
-            f"{name} runs on whole tokens and does not say by_part, and {who} has only parts; use another ffn, or let "
-            f"{name}.forward return one part of its output"
+            f"{kind} runs on whole tokens and does not say by_part, and {who} has only parts; use another ffn, or let "
+            "its forward return one part of its output"
         )
     if isinstance(part, Mixer):
         others = MixerConfig.such_as(lambda kind: kind.by_rank)
         if type(part).finish is not Mixer.finish:
             raise ValueError(
-                f"{name} needs a number from all heads, and {who} never adds them up; use a mixer whose heads do "
+                f"{kind} needs a number from all heads, and {who} never adds them up; use a mixer whose heads do "
                 f"without{others}"
             )
         if any(entry.layout is Layout.TOKENS for entry in part.writes):
             raise ValueError(
-                f"{name} writes an entry that tokens have once, and {who} has each token {ranks} times; use a mixer "
+                f"{kind} writes an entry that tokens have once, and {who} has each token {ranks} times; use a mixer "
                 f"that writes none{others}"
             )
     if type(beside) is not Beside:
-        raise ValueError(f"{type(beside).__name__} joins one identity path, and {who} has many; leave the shortcut out")
+        raise ValueError(f"a shortcut joins one identity path, and {who} has many; leave the shortcut out")
     axes = [axis for _, _, _, spec in named_specs(branch) for axis in named_axes(spec)]
     split_axes = (*TENSOR_AXES, WIDTH_AXIS)
     if uneven := [axis for axis in axes if axis.name in split_axes and not fits(axis, ranks)]:
         raise ValueError(
-            f"{who} needs that number to divide the {uneven[0].groups} {uneven[0].name} of {name}; change one of them"
+            f"{who} needs that number to divide the {uneven[0].groups} {uneven[0].name} of {kind}; change one of them"
         )
     gathered = isinstance(part, Mixer) or part.entry == "gathered"
     if gathered and not {axis.name for axis in axes} & set(TENSOR_AXES):
-        raise ValueError(f"{name} names no axis that can be split over tensor ranks, which {who} needs")
+        raise ValueError(f"{kind} names no axis that can be split over tensor ranks, which {who} needs")
     if few := [entry for entry in writes if entry.layout is Layout.HEADS and (entry.heads or 0) % ranks]:
         own = ValuesConfig.such_as(lambda kind: not kind.crosses_layers)
         raise ValueError(

@@ -79,7 +79,8 @@ class Layer(nn.Module):
                 placement.share_before(self.mixer.placement)
             beside = config.shortcut.beside(ctx, name, path)
             scaling = block.share(f"{name} scaling", lambda _: config.scaling.build(ctx))
-            setattr(self, name, Sublayer(connection, placement, branches[name], scaling, beside, ctx.pool.values()))
+            shared, kind = ctx.pool.values(), getattr(own, name).kind
+            setattr(self, name, Sublayer(connection, placement, branches[name], scaling, beside, shared, kind))
         self.mixer: Sublayer[MixerBranch]
         self.ffn: Sublayer[FFNBranch]
         self.key_gate = config.depth.gates_keys and own.mixer.key_gate

@@ -78,7 +78,8 @@ class Plugin:
         if kind not in kinds:
             near = difflib.get_close_matches(str(kind), kinds, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown {cls.slot} kind {kind!r}; {hint}the kinds are {', '.join(kinds)}")
+            own = "" if near or os.environ.get("WEFT_PLUGINS") else ", and WEFT_PLUGINS names no folder with more"
+            raise ValueError(f"unknown {cls.slot} kind {kind!r}; {hint}the kinds are {', '.join(kinds)}{own}")
         return kinds[kind]
 
 

@@ -20,7 +20,8 @@ Branch = TypeVar("Branch", bound=MixerBranch | FFNBranch)
 
 
 class Sublayer(nn.Module, Generic[Branch]):
-    """read -> norm -> branch -> norm -> write. `boundary`: where tensor parallelism is. shared: what layers share."""
+    """read -> norm -> branch -> norm -> write. `boundary`: where tensor parallelism is. shared: what layers share.
+    kind: of the branch, for errors."""
 
     def __init__(
         self,
@@ -30,6 +31,7 @@ class Sublayer(nn.Module, Generic[Branch]):
         scaling: nn.Module,
         beside: Beside,
         shared: Collection[nn.Module],
+        kind: str,
     ) -> None:
         super().__init__()
         self.connection, self.placement, self.branch, self.scaling = connection, placement, branch, scaling
@@ -38,7 +40,7 @@ class Sublayer(nn.Module, Generic[Branch]):
         self.by_rank: ByRank | None = None
         if connection.by_rank is not None:
             part = branch.mixer if isinstance(branch, MixerBranch) else branch.ffn
-            check_by_rank(part, branch, beside, connection.by_rank)
+            check_by_rank(kind, part, branch, beside, connection.by_rank)
             self.by_rank = ByRank(branch, part, connection.by_rank, shared)
         self.reads = (*connection.reads, *branch.reads, *beside.reads)
         writes = self.by_rank.entries(branch.writes) if self.by_rank else branch.writes

@@ -98,6 +98,7 @@ def run(request: Request) -> Report:
     if length is None:
         raise ValueError(f"{name} does not say how long its sequences are; give --window, such as 64")
     task = request.config(learned)
+    task.refuse(length, vocab_size, named="--window")
     rows = TaskRows(task, length, vocab_size, seed, held_out=True)
     count = min(len(rows), request.limit or len(rows))
     with counting(Console(stderr=True), "examining", count) as advance:

@@ -1,5 +1,6 @@
 """The config of a run, and every refusal that needs no process group: of the model, its mesh and the data's files."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
@@ -100,11 +101,31 @@ def refuse_model(config: LMConfig) -> None:
             try:
                 Layer(config, config.pattern.index(letter))
             except ValueError as error:
-                raise at(f"model.layers.{letter}", str(error)) from error
+                raise at(at_fault(config, letter), str(error)) from error
         try:
             LM(config)
         except ValueError as error:
             raise at("model", str(error)) from error
+
+
+def at_fault(config: LMConfig, letter: str) -> str:
+    """What a layer that cannot be built fails for: a slot of the whole model, or the layer's own."""
+    index = config.pattern.index(letter)
+    own, ctx = config.expanded[index], config.context(index)
+    slots = {
+        "depth": lambda: config.depth.build(ctx),
+        "values": lambda: config.values.build(ctx, own.mixer.value_shape(config.d_model)),
+        "scaling": lambda: config.scaling.build(ctx),
+    }
+    with contextlib.suppress(ValueError):
+        own.mixer.build(ctx)
+        own.ffn.build(ctx)
+        for slot, build in slots.items():
+            try:
+                build()
+            except ValueError:
+                return f"model.{slot}"
+    return f"model.layers.{letter}"
 
 
 def refuse_machine(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""`weft plan --state`: what crosses the layers of a config's model, before anything is allocated.
+"""`weft plan`: what crosses the layers of a config's model, before anything is allocated.
 
 Of a config that has a model alone, one sequence of one token is planned; otherwise a micro-batch of one data rank.
 """
@@ -7,7 +7,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from launch.command import Command, UsageError, config_arguments
+from launch.command import Command, config_arguments
 
 if TYPE_CHECKING:
     from models.plan import Life
@@ -17,13 +17,13 @@ SHOWN = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments(parser, "YAML file of a run, or one with a model alone")
-    parser.add_argument("--state", action="store_true", help="the entries that cross the layers, and their bytes")
+    parser.add_argument(
+        "--state", action="store_true", help="the entries that cross the layers, and their bytes (the default)"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.state:
-        raise UsageError("nothing to plan; give --state for what crosses the layers")
     plan = state_plan(args.config, args.overrides)
     if args.json:
         print(json.dumps(plan, indent=2))

@@ -39,7 +39,7 @@ class ValueEmbedding(ValuesConfig, kind="value_embedding"):
     def build(self, ctx: LayerContext, value_shape: tuple[int, int]) -> Values:
         if 2 * self.tables > ctx.num_layers:
             raise ValueError(
-                f"values.tables is {self.tables}: each serves two layers, and there are {ctx.num_layers}; "
+                f"tables is {self.tables}: each serves two layers, and there are {ctx.num_layers}; "
                 f"use at most {ctx.num_layers // 2}, or {2 * self.tables} layers"
             )
         from_end = ctx.index - (ctx.num_layers - self.tables)

@@ -14,7 +14,7 @@ from configs.text import dump_yaml
 from configs.validate import parse, validate
 from models.config import LMConfig
 from models.mixers.attention import AttentionConfig
-from models.slots import MixerConfig
+from models.slots import FFNConfig, MixerConfig
 from trainer.config import RunConfig
 from trainer.optim.adamw import AdamWConfig
 
@@ -84,6 +84,12 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
             "model.norm.kind: unknown norm kind 'per'; did you mean 'peri'? the kinds are none, peri, post, pre",
         ),
         ("model.norm={kind: 3}", "model.norm.kind: 3 is not text; the kinds are none, peri, post, pre"),
+        # an entry that an override makes by mistake
+        (
+            "model.layers.B.mixer.num_heads=4",
+            "model.layers.B: ffn is missing; model.layers.B needs it, kind: and one of "
+            f"{', '.join(FFNConfig.kinds())}; if another was meant, model.layers has A",
+        ),
         # mappings
         ("model.norm=pre", "model.norm: 'pre' is not a mapping; write kind: and one of none, peri, post, pre"),
         ("model.layers.A=3", "model.layers.A: 3 is not a mapping; write a mapping with mixer, ffn, norm"),
@@ -272,5 +278,11 @@ def test_the_largest_whole_number_passes() -> None:
 
 
 def test_the_kind_is_judged_before_its_keys() -> None:
-    with pytest.raises(ConfigError, match=r"^optim\.kind: unknown optim kind 'sgd'; the kinds are adamw, muon$"):
+    with pytest.raises(ConfigError, match=r"^optim\.kind: unknown optim kind 'sgd'; the kinds are adamw, muon\b"):
         parse(RunConfig, {**RUN, "optim": {"kind": "sgd", "momentum": 0.9}})
+
+
+def test_a_kind_like_no_other_may_be_a_plugin_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WEFT_PLUGINS", raising=False)
+    with pytest.raises(ConfigError, match=r"the kinds are .*, swiglu, and WEFT_PLUGINS names no folder with more$"):
+        parse(FFNConfig, {"kind": "mine"}, "model.layers.A.ffn")

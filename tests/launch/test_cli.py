@@ -87,6 +87,10 @@ ALL = (
             "model.layers.A: d_model 62 is not a multiple of num_heads 4; give head_dim, or change one",
         ),
         (
+            ["config", "show", CONFIG, "model.values={kind: value_embedding}"],
+            "model.values: tables is 3: each serves two layers, and there are 4; use at most 2, or 6 layers",
+        ),
+        (
             ["config", "show", CONFIG, "model.residual={kind: reversible, grid_bits: 30}"],
             "model.residual: grid_bits is 30 and the stream is torch.float32, which has 24 binary digits; "
             "use fewer bits, a stream of more digits, or grid_bits null",

@@ -129,9 +129,7 @@ def test_plan_of_a_model_alone(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         "model: {vocab_size: 32, d_model: 16, layers: {A: {mixer: {kind: attention, num_heads: 2}, "
         "ffn: {kind: moe, num_experts: 4, hidden: 8}}}, pattern: A, repeat: 2}\n"
     )
-    plan = json.loads(printed(capsys, "plan", str(tmp_path / "model.yaml"), "--state", "--json"))
+    plan = json.loads(printed(capsys, "plan", str(tmp_path / "model.yaml"), "--json"))
     assert (plan["sequences"], plan["tokens"]) == (1, 1)
     assert [row["bytes"] for row in plan["boundaries"]] == [64, 64 + 4, 64 + 4]
     assert plan["entries"][-1]["writers"] == ["layers.0", "layers.1"]
-    assert main(["plan", str(tmp_path / "model.yaml")]) == 2
-    assert "give --state" in capsys.readouterr().err

@@ -155,7 +155,7 @@ def test_each_rank_picks_experts_of_its_own() -> None:
     [
         (lambda: DesyncResidual(ranks=1), "ranks is 1; it must be at least 2 for streams to differ"),
         (lambda: DesyncResidual(ranks=2, every=0), "every is 0"),
-        (lambda: build(DesyncResidual(ranks=3)), "needs that number to divide the 4 heads of"),
+        (lambda: build(DesyncResidual(ranks=3)), "needs that number to divide the 4 heads of attention;"),
         (
             lambda: refuse(tiny(**DESYNC), MeshConfig(tp=3)),
             "for 4 tensor ranks, and tp=3 does not divide that; use tp=2",
@@ -163,17 +163,17 @@ def test_each_rank_picks_experts_of_its_own() -> None:
         (lambda: refuse(tiny(**DESYNC), MeshConfig(tp=8)), "tp=8 does not divide that; use tp=4"),
         (
             lambda: refuse(tiny(mixer="moa", residual={"kind": "desync", "ranks": 3}, ffn="none"), MeshConfig()),
-            "to divide the 8 heads of MixtureOfHeads",
+            "to divide the 8 heads of moa",
         ),
         (
             lambda: refuse(tiny(ffn="moe", residual={"kind": "desync", "ranks": 16}, mixer=WIDE), MeshConfig()),
-            "to divide the 8 expert_ffn of MoE",
+            "to divide the 8 expert_ffn of moe",
         ),
         (
             lambda: refuse(tiny(mixer=SIX, ffn="none", residual={"kind": "desync", "ranks": 3}), MeshConfig(cp=2)),
             "makes 3 streams on each of tp=1 tensor ranks, and cp=2 neither divides that",
         ),
-        (lambda: refuse(tiny(mixer="hgrn2", **DESYNC), MeshConfig()), "HGRN2 needs a number from all heads"),
+        (lambda: refuse(tiny(mixer="hgrn2", **DESYNC), MeshConfig()), "hgrn2 needs a number from all heads"),
         (
             lambda: refuse(
                 tiny(mixer={**plain("mixer", "attention"), "num_kv_heads": 2}, values="resformer", **DESYNC),

@@ -79,7 +79,7 @@ def test_sparse_leaves_the_other_layers_alone() -> None:
         ({"kind": "resformer_sparse", "layers": []}, r"layers is \[\]; it names at least one layer"),
         ({"kind": "resformer_sparse", "layers": [0]}, r"layers is \[0\]; .* none before layer 1"),
         ({"kind": "resformer_sparse", "layers": [4]}, "names layer 4 and the last one is 3; remove it"),
-        ({"kind": "value_embedding"}, "values.tables is 3: .* there are 4; use at most 2, or 6 layers"),
+        ({"kind": "value_embedding"}, "tables is 3: .* there are 4; use at most 2, or 6 layers"),
         ({"kind": "value_embedding_gated", "channels": 17}, "channels is 17; d_model is 16, so use at most that many"),
     ],
 )

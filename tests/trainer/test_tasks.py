@@ -205,7 +205,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("words", "sentence"),
     [
         (["--task", "mqr"], "did you mean 'mqar'"),
-        (["--task", "mqar", "num_pairs=40"], "takes an even sequence_length of at least 160, not 32"),
+        (["--task", "mqar", "num_pairs=40"], "takes an even --window of at least 160, not 32"),
         (["--task", "mqar", "pairs=4"], "task.pairs: unknown key"),
         (["--task", "mqar", "--stride", "4"], "both --task and --stride are given"),
     ],

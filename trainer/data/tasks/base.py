@@ -44,8 +44,11 @@ class TaskConfig(Plugin, slot="task", folder="trainer.data.tasks"):
         at_least(self, 0, "examples")
         at_least(self, 1, "held_out")
 
-    def refuse(self, length: int, vocab_size: int) -> None:
-        """Raise ValueError where an example does not fit a sequence of this length or a vocabulary of this size."""
+    def refuse(self, length: int, vocab_size: int, named: str = "sequence_length") -> None:
+        """Raise ValueError where an example does not fit a sequence of this length or a vocabulary of this size.
+
+        named: what the user sets the length with.
+        """
 
     def draw(self, random: np.random.Generator, length: int, vocab_size: int, held_out: bool) -> Example:
         """A new example of `length` tokens. held_out: one that training never sees, where that can be told."""

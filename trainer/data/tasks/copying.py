@@ -24,9 +24,9 @@ class CopyingConfig(TaskConfig, kind="copying"):
         super().__post_init__()
         at_least(self, 2, "letters")
 
-    def refuse(self, length: int, vocab_size: int) -> None:
+    def refuse(self, length: int, vocab_size: int, named: str = "sequence_length") -> None:
         if length % 2 or length < 4:
-            raise ValueError(f"copying takes an even sequence_length of at least 4, not {length}")
+            raise ValueError(f"copying takes an even {named} of at least 4, not {length}")
         if vocab_size < self.letters + 3:
             raise ValueError(
                 f"copying with letters={self.letters} takes a vocab_size of at least {self.letters + 3}, not "

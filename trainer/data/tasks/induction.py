@@ -13,9 +13,9 @@ class InductionConfig(TaskConfig, kind="induction"):
     """Random tokens; one special token stands at a random place and again at the end, and what followed it is asked
     for. The special token is the vocabulary's last."""
 
-    def refuse(self, length: int, vocab_size: int) -> None:
+    def refuse(self, length: int, vocab_size: int, named: str = "sequence_length") -> None:
         if length < 3:
-            raise ValueError(f"induction takes a sequence_length of at least 3, not {length}")
+            raise ValueError(f"induction takes a {named} of at least 3, not {length}")
         if vocab_size < 3:
             raise ValueError(f"induction takes a vocab_size of at least 3, not {vocab_size}")
 

@@ -40,17 +40,17 @@ class MQARConfig(TaskConfig, kind="mqar"):
         if not 0 < self.power <= 1:
             raise ValueError(f"power is {self.power}; it must lie in (0, 1], where 1 asks anywhere and less asks soon")
 
-    def refuse(self, length: int, vocab_size: int) -> None:
+    def refuse(self, length: int, vocab_size: int, named: str = "sequence_length") -> None:
         needed = 2 * self.num_pairs * (self.passes + 1)
         if length % 2 or length < needed:
             raise ValueError(
-                f"mqar with num_pairs={self.num_pairs} and passes={self.passes} takes an even sequence_length of at "
+                f"mqar with num_pairs={self.num_pairs} and passes={self.passes} takes an even {named} of at "
                 f"least {needed}, not {length}"
             )
         if vocab_size <= length or self.num_pairs >= vocab_size // 2:
             least = max(length + 1, 2 * self.num_pairs + 2)
             raise ValueError(
-                f"mqar with num_pairs={self.num_pairs} and sequence_length={length} takes a vocab_size of at least "
+                f"mqar with num_pairs={self.num_pairs} and {named}={length} takes a vocab_size of at least "
                 f"{least}, not {vocab_size}"
             )
 

@@ -53,9 +53,9 @@ class RegularLanguagesConfig(TaskConfig, kind="regular_languages"):
         if self.edges >= LEAST:
             raise ValueError(f"edges is {self.edges}, and the smallest automaton has {LEAST} states; use {LEAST - 1}")
 
-    def refuse(self, length: int, vocab_size: int) -> None:
+    def refuse(self, length: int, vocab_size: int, named: str = "sequence_length") -> None:
         if length < 2:
-            raise ValueError(f"regular_languages takes a sequence_length of at least 2, not {length}")
+            raise ValueError(f"regular_languages takes a {named} of at least 2, not {length}")
         if vocab_size < FIRST + self.symbols:
             raise ValueError(
                 f"regular_languages with symbols={self.symbols} takes a vocab_size of at least {FIRST + self.symbols}, "
