@@ -49,6 +49,7 @@ MODES: dict[str, dict[str, Any]] = {
     "offload": {"kind": "offload", "min_bytes": 1024},
     "offload_full": {"kind": "offload", "min_bytes": 1024, "of": {"kind": "full"}},
     "reversible": {"kind": "reversible"},
+    "pareprop": {"kind": "pareprop"},
 }
 
 Row = dict[str, Any]
