@@ -133,7 +133,10 @@ def make_batch(config: LMConfig, mesh: MeshConfig, settings: Settings) -> Batch:
     count = micro_batches(mesh, settings) * mesh.replicate * mesh.shard * settings.sequences
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (count, settings.length)
-    tokens = torch.randint(config.vocab_size, shape, generator=generator)
+    # No token follows itself: at the start of a document both would be in the same state but for rounding, and routers
+    # that compare tokens would choose between them by that, otherwise on each mesh.
+    steps = torch.randint(1, max(config.vocab_size, 2), shape, generator=generator)
+    tokens = steps.cumsum(1) % config.vocab_size
     targets = torch.randint(config.vocab_size, shape, generator=generator)
     targets[torch.rand(shape, generator=generator) < torch.linspace(0, 0.6, count)[:, None]] = IGNORE
     keys = torch.randint(2**32, (count,), generator=generator)

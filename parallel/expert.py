@@ -11,6 +11,7 @@ from models.ffn.dispatch import LocalDispatch, Rowwise
 from models.ffn.groups import Grouped, Peers
 from models.ffn.routed import RoutedFFN
 from models.lm import LM
+from models.params import upcast
 from parallel.collectives import all_gather, all_to_all
 from parallel.context import Order, order_of
 from parallel.mesh import Mesh, Ranks
@@ -33,6 +34,23 @@ class AllToAllDispatch(LocalDispatch):
         rows = all_to_all(x_MD[order], receive, send, self.ep)
         back = all_to_all(super().__call__(rows, ids, experts), send, receive, self.ep)
         return back[order.argsort()]
+
+
+class PartsDispatch(AllToAllDispatch):
+    """Of every expert each of `etp` neighbouring ranks holds a part of the width: a row goes to all of them, and what
+    they make of it adds up."""
+
+    def __init__(self, ep: Ranks, etp: int) -> None:
+        super().__init__(ep)
+        self.etp = etp
+
+    def __call__(self, x_MD: Tensor, expert_M: Tensor, experts: Rowwise) -> Tensor:
+        local = experts.num_local
+        group_M, own_M = expert_M // local, expert_M % local
+        rank_MP = group_M[:, None] * self.etp + torch.arange(self.etp, device=expert_M.device)
+        number_MP = rank_MP * local + own_M[:, None]
+        y_MD = super().__call__(x_MD.repeat_interleave(self.etp, 0), number_MP.flatten(), experts)
+        return upcast(y_MD).unflatten(0, (-1, self.etp)).sum(1).to(y_MD.dtype)
 
 
 class RankPeers(Peers):
@@ -68,7 +86,7 @@ def parallelize(model: LM, mesh: Mesh) -> None:
     order = order_of(mesh)
     for module in model.modules():
         if isinstance(module, RoutedFFN) and mesh.ep.size > 1:
-            module.dispatch = AllToAllDispatch(mesh.ep)
+            module.dispatch = AllToAllDispatch(mesh.ep) if mesh.etp == 1 else PartsDispatch(mesh.ep, mesh.etp)
         if isinstance(module, Grouped):
             row, everyone = (mesh.cp, mesh.data) if module in alone else (mesh.sequence, mesh.stage)
             sequence = module.group == "sequence"

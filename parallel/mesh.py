@@ -1,7 +1,7 @@
 """The mesh: how many ranks of each kind, refused in one sentence when it cannot be, and the process groups they form.
 
 Ranks are numbered (pp, replicate, shard, cp, tp), tp fastest. Expert ranks are borrowed: the ranks of one pipeline
-stage are also numbered (expert data, ep), ep fastest, so `ep` costs no ranks of its own.
+stage are also numbered (expert data, ep, etp), etp fastest, so that they cost no ranks of their own.
 """
 
 import dataclasses
@@ -29,7 +29,8 @@ class MeshConfig:
     for its backward pass (ZeRO-3), or stay in between (ZeRO-2). tp: tensor and sequence. cp: context. context: how its
     ranks mix along the sequence: ulysses exchanges heads for tokens around every mixer's core; ring leaves tokens in
     place, sends keys and values round, and states on. ep: experts, over ranks that the other degrees provide. etp:
-    expert tensor, not built yet. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved, zero_bubble, zbv or dualpipev.
+    expert tensor, likewise: ranks that share an expert's width. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved,
+    zero_bubble, zbv or dualpipev.
     """
 
     dp: int = 1
@@ -70,16 +71,21 @@ class MeshConfig:
             raise ValueError("reshard=false is about parameters that FSDP gathers, and fsdp is 1; leave it out")
         if self.world_size > MOST_RANKS:
             raise ValueError(f"the degrees multiply to {self.world_size} ranks; a mesh has at most {MOST_RANKS}")
-        if self.etp != 1:
-            raise ValueError(f"etp is {self.etp}; expert tensor parallelism is not built yet, so leave etp out")
-        if self.stage_size % self.ep:
-            fits = max(n for n in range(1, min(self.ep, self.stage_size) + 1) if self.stage_size % n == 0)
-            times = self.ep // math.gcd(self.ep, self.stage_size)
+        if self.stage_size % self.expert_ranks:
+            one = "ep" if self.etp == 1 else "etp" if self.ep == 1 else "ep x etp"
+            times = self.expert_ranks // math.gcd(self.expert_ranks, self.stage_size)
             more = f"hsdp={self.replicate * times}x{self.shard}" if self.hsdp else f"dp={self.dp * times}"
+            fits = max(n for n in range(1, min(self.ep, self.stage_size) + 1) if self.stage_size % n == 0)
+            less = f"{one}={fits if self.etp == 1 else 1}" if "x" not in one else "ep=1 and etp=1"
             raise ValueError(
-                f"ep is {self.ep}, which must divide dp x fsdp x cp x tp = {self.stage_size}, whose ranks it borrows; "
-                f"use ep={fits}" + (f", or {more}" if self.world_size * times <= MOST_RANKS else "")
+                f"{one} is {self.expert_ranks}, which must divide dp x fsdp x cp x tp = {self.stage_size}, whose ranks "
+                f"it borrows; use {less}" + (f", or {more}" if self.world_size * times <= MOST_RANKS else "")
             )
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that share a stage's experts."""
+        return self.ep * self.etp
 
     @property
     def replicate(self) -> int:
@@ -108,7 +114,8 @@ class MeshConfig:
 
     @classmethod
     def parse(cls, text: str) -> "MeshConfig":
-        """From "tp=2,pp=2,schedule=zbv". Data ranks that `ep` needs and nothing else provides are added as dp."""
+        """From "tp=2,pp=2,schedule=zbv". Data ranks that experts need and nothing else provides are added as
+        dp."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, int | str | bool] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
@@ -130,9 +137,11 @@ class MeshConfig:
             else:
                 raise ValueError(f"mesh has {key}={value!r}; it takes a whole number, such as {key}=2")
         if not values.keys() & {"dp", "fsdp", "hsdp"}:
-            ep, rest = int(values.get("ep", 1)), int(values.get("tp", 1)) * int(values.get("cp", 1))
-            if ep > 1 and rest > 0:
-                values["dp"] = ep // math.gcd(ep, rest)
+            experts, rest = (
+                math.prod(int(values.get(key, 1)) for key in keys) for keys in (("ep", "etp"), ("tp", "cp"))
+            )
+            if experts > 1 and rest > 0:
+                values["dp"] = experts // math.gcd(experts, rest)
         return cls(**values)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -189,13 +198,14 @@ class Mesh:
     """The groups of one rank. All are made here, by all ranks together: made where one is first needed, a stage without
     experts would wait for ever for one that has some.
 
-    tp, cp, ep, pp: as named. data: ranks whose gradients of dense parameters add up (replicate x shard x cp).
-    expert_data: the same for experts. sequence: ranks that share the sequence (cp x tp). stage: all of one pipeline
-    stage. fsdp_mesh, expert_fsdp_mesh: over which FSDP shards, None without fsdp.
+    tp, cp, pp: as named. ep: ranks that share experts, those of one expert's width side by side. data: ranks whose
+    gradients of dense parameters add up (replicate x shard x cp). expert_data: the same for experts. sequence: ranks
+    that share the sequence (cp x tp). stage: all of one pipeline stage. fsdp_mesh, expert_fsdp_mesh: over which FSDP
+    shards, None without fsdp.
     """
 
     def __init__(self, config: MeshConfig, device: str = "cpu") -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.etp = config, device, config.etp
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world != config.world_size:
             raise ValueError(
@@ -205,7 +215,8 @@ class Mesh:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         pp, replicate, shard, cp, tp = config.pp, config.replicate, config.shard, config.cp, config.tp
         dense = (pp, replicate, shard, cp, tp)
-        expert = (pp, config.stage_size // config.ep, config.ep)
+        own = config.expert_ranks
+        expert = (pp, config.stage_size // own, own)
         self.tp = self._ranks(dense, (4,))
         self.cp = self._ranks(dense, (3,))
         self.pp = self._ranks(dense, (0,))
@@ -217,10 +228,10 @@ class Mesh:
         self.fsdp_mesh: DeviceMesh | None = None
         self.expert_fsdp_mesh: DeviceMesh | None = None
         if shard > 1:
-            # Replicas stay replicas for experts too, unless ep itself reaches across them.
-            replicas = replicate if config.stage_size // replicate % config.ep == 0 else 1
+            # Replicas stay replicas for experts too, unless experts' ranks themselves reach across them.
+            replicas = replicate if config.stage_size // replicate % own == 0 else 1
             self.fsdp_mesh = self._device_mesh((pp, replicate, shard * cp, tp), 1, 2)
-            experts = (pp, replicas, config.stage_size // replicas // config.ep, config.ep)
+            experts = (pp, replicas, config.stage_size // replicas // own, own)
             self.expert_fsdp_mesh = self._device_mesh(experts, 1, 2)
         _, r, s, _, _ = (int(i) for i in torch.unravel_index(torch.tensor(self.rank), dense))
         self.data_rank, self.data_size = r * shard + s, replicate * shard

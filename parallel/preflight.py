@@ -12,15 +12,15 @@ from configs.structure import instantiate
 from models.config import LMConfig
 from models.lm import LM
 from models.memory.base import MemoryConfig
-from models.params import Axis, ParamSpec, Parts, named_specs
-from models.pieces import TENSOR_AXES, fits
+from models.params import Axis, named_specs
+from models.pieces import TENSOR_AXES, fits, named_axes
 from models.slots import FFNConfig
 from parallel import pipeline
 from parallel.mesh import MeshConfig
-from parallel.shards import EXPERT_AXES
+from parallel.shards import EXPERT_AXES, EXPERT_WIDTHS
 
 HEAD_AXES = ("heads", "kv_heads")
-SPLIT = MappingProxyType({"tp": TENSOR_AXES, "ep": EXPERT_AXES, "cp": HEAD_AXES})
+SPLIT = MappingProxyType({"tp": TENSOR_AXES, "ep": EXPERT_AXES, "etp": EXPERT_WIDTHS, "cp": HEAD_AXES})
 
 
 def refuse(config: LMConfig, mesh: MeshConfig) -> None:
@@ -30,11 +30,17 @@ def refuse(config: LMConfig, mesh: MeshConfig) -> None:
     refuse_ranks(model, mesh)
     if mesh.tp > 1:
         refuse_unsplit(model)
-    if mesh.ep > 1 and not has_experts(model):
-        others = FFNConfig.such_as(lambda kind: has_experts(example(kind, config)))
-        raise ValueError(f"ep is {mesh.ep} and the model has no experts; use ep=1, or an ffn with experts{others}")
+    for key in ("ep", "etp"):
+        if getattr(mesh, key) > 1 and not has_experts(model):
+            others = FFNConfig.such_as(lambda kind: has_experts(example(kind, config)))
+            degree = getattr(mesh, key)
+            raise ValueError(
+                f"{key} is {degree} and the model has no experts; use {key}=1, or an ffn with experts{others}"
+            )
     refuse_uneven(model, mesh, "tp")
     refuse_uneven(model, mesh, "ep")
+    refuse_widths(model, mesh)
+    refuse_uneven(model, mesh, "etp")
     refuse_heads(model, mesh)
     if mesh.pp > 1:
         pipeline.refuse(mesh, len(config.expanded), micro_batches=2 * mesh.pp)
@@ -89,14 +95,10 @@ def split_axes(model: LM, mesh: MeshConfig, key: str) -> Iterator[tuple[str, Axi
     """(parameter's name, axis) of every dimension that the ranks of `key` split: tp, ep, or cp with tp."""
     parts = exchanged(model, mesh) if key == "cp" else None
     for name, module, _, spec in named_specs(model):
-        if parts is None or module in parts:
-            yield from ((name, axis) for axis in axes_in(spec) if axis.name in SPLIT[key])
-
-
-def axes_in(spec: ParamSpec) -> list[Axis]:
-    """Of every dimension of a parameter that names one."""
-    axes = [axis for dim in spec.axes for axis in (dim.axes if isinstance(dim, Parts) else (dim,))]
-    return [axis for axis in axes if axis is not None]
+        # Experts that every token takes are whole on each rank.
+        shared = key == "etp" and {axis.name for axis in named_axes(spec)}.isdisjoint(EXPERT_AXES)
+        if not shared and (parts is None or module in parts):
+            yield from ((name, axis) for axis in named_axes(spec) if axis.name in SPLIT[key])
 
 
 def uneven(model: LM, mesh: MeshConfig, key: str) -> list[tuple[str, Axis]]:
@@ -124,10 +126,10 @@ def nearest(model: LM, mesh: MeshConfig, key: str) -> str:
 def data_ranks(mesh: MeshConfig, key: str, degree: int) -> dict[str, int | str]:
     """By its key in the mesh: about as many data ranks as there are, from which the expert ranks can be borrowed when
     `key` has this degree."""
-    ep, tp, cp = (degree if name == key else getattr(mesh, name) for name in ("ep", "tp", "cp"))
+    ep, etp, tp, cp = (degree if name == key else getattr(mesh, name) for name in ("ep", "etp", "tp", "cp"))
     sharded = mesh.shard > 1 and mesh.replicate == 1
     had, kept = (mesh.shard, mesh.replicate) if sharded else (mesh.replicate, mesh.shard)
-    step = ep // math.gcd(ep, kept * tp * cp)
+    step = ep * etp // math.gcd(ep * etp, kept * tp * cp)
     size = max(had // step, 1) * step
     if mesh.hsdp:
         return {"hsdp": f"{kept}x{size}" if sharded else f"{size}x{kept}"}
@@ -145,7 +147,7 @@ def holds(model: LM, mesh: MeshConfig, changes: dict[str, int | str]) -> bool:
 
 def axes_of(module: nn.Module) -> set[str]:
     """The names of all axes that a module's parameters declare."""
-    return {axis.name for _, _, _, spec in named_specs(module) for axis in axes_in(spec)}
+    return {axis.name for _, _, _, spec in named_specs(module) for axis in named_axes(spec)}
 
 
 def has_experts(module: nn.Module) -> bool:
@@ -174,6 +176,24 @@ def refuse_unsplit(model: LM) -> None:
                     f"{type(own).__name__} of layer {layer.index} names no axis that tp can split, so its output "
                     "would count once per rank; name the axis of its projections, or use tp=1"
                 )
+
+
+def refuse_widths(model: LM, mesh: MeshConfig) -> None:
+    """Ranks that share an expert split its width, and nothing else may."""
+    if mesh.etp == 1:
+        return
+    if model.blocks[0].mixer.connection.by_rank is not None:
+        raise ValueError(
+            f"etp is {mesh.etp} and residual {model.config.residual.kind} gives each tensor rank a part of an expert's "
+            "width; use etp=1"
+        )
+    for name, _, _, spec in named_specs(model):
+        names = {axis.name for axis in named_axes(spec)}
+        if not names.isdisjoint(EXPERT_AXES) and names.isdisjoint(EXPERT_WIDTHS):
+            raise ValueError(
+                f"etp is {mesh.etp}, and {name} names no axis of an expert's width that it could split; use etp=1, or "
+                f"name it {EXPERT_WIDTHS[0]}"
+            )
 
 
 def refuse_uneven(model: LM, mesh: MeshConfig, key: str) -> None:

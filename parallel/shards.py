@@ -1,11 +1,12 @@
 """Which piece of every parameter this rank holds, from the axes that the parameter declares.
 
-A parameter is split by its tensor axes (heads, ffn, vocab, kv_heads) over the tensor ranks and by its expert axis over
-the expert ranks; what FSDP cuts further is a DTensor on top of that piece. A kv_heads axis with fewer groups than ranks
-gives several ranks the same piece.
+A parameter is split by its tensor axes (heads, ffn, vocab, kv_heads) over the tensor ranks; one with an expert axis by
+that over the expert ranks, and by its width over those that share an expert. What FSDP cuts further is a DTensor on top
+of that piece. A kv_heads axis with fewer groups than ranks gives several ranks the same piece.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +20,7 @@ from parallel.collectives import all_gather
 from parallel.mesh import Mesh, Ranks
 
 EXPERT_AXES = ("experts",)
+EXPERT_WIDTHS = ("expert_ffn",)
 Segments = tuple[tuple[int, int], ...]
 
 
@@ -54,21 +56,28 @@ def shard(name: str, spec: ParamSpec, mesh: Mesh, index: int | None = None) -> S
     expert = any(axis.name in EXPERT_AXES for axis in named)
     ranks = mesh.ep if expert else mesh.tp
     at = ranks.index if index is None else index
-    names = EXPERT_AXES if expert else TENSOR_AXES
-    pieces, segments = 1, []
+    # By axis, which of how many pieces of it.
+    places = {name: (at, ranks.size) for name in TENSOR_AXES}
+    if expert:
+        row, part = divmod(at, mesh.etp)
+        places = {name: (row, ranks.size // mesh.etp) for name in EXPERT_AXES}
+        places |= {name: (part, mesh.etp) for name in EXPERT_WIDTHS}
+    found: dict[str, int] = {}
+    segments = []
     for dim, axes in enumerate(spec.axes):
         runs, start = [], 0
         parts = axes if isinstance(axes, Parts) else Parts((spec.shape[dim],), (axes,))
         for size, axis in zip(parts.sizes, parts.axes, strict=True):
-            if axis is not None and axis.name in names and ranks.size > 1:
-                first, length, distinct = split(axis, size, at, ranks.size)
-                pieces = max(pieces, distinct)
+            if axis is not None and axis.name in places:
+                first, length, distinct = split(axis, size, *places[axis.name])
+                group = "experts" if axis.name in EXPERT_AXES else "width"
+                found[group] = max(found.get(group, 1), distinct)
                 runs.append((start + first, length))
             else:
                 runs.append((start, size))
             start += size
         segments.append(tuple(runs))
-    return Shard(name, spec, tuple(segments), pieces, expert)
+    return Shard(name, spec, tuple(segments), math.prod(found.values()), expert)
 
 
 def shards(model: LM, mesh: Mesh) -> Iterator[tuple[nn.Module, str, Shard]]:

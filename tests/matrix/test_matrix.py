@@ -41,6 +41,10 @@ MESHES = (
     "ep=2,tp=2",
     "ep=4,fsdp=4",
     "ep=2,fsdp=4",
+    "etp=2",
+    "ep=2,etp=2",
+    "ep=2,etp=2,fsdp=4,reshard=false",
+    "etp=2,tp=2,pp=2",
     "ep=2,pp=2,schedule=zbv",
     "fsdp=2,ep=2,pp=2,schedule=interleaved",
     "fsdp=2,tp=2",
@@ -203,7 +207,7 @@ def random_mesh(generator: random.Random, config: LMConfig) -> MeshConfig:
     """A mesh of 2 to 8 ranks that the config is not refused on."""
     while True:
         degrees: dict[str, Any] = {
-            key: generator.choice((1, 1, 2, 4)) for key in ("dp", "fsdp", "tp", "cp", "ep", "pp")
+            key: generator.choice((1, 1, 2, 4)) for key in ("dp", "fsdp", "tp", "cp", "ep", "etp", "pp")
         }
         try:
             mesh = MeshConfig(
@@ -239,14 +243,14 @@ def test_many_random_combinations(seed: int, pool: Pool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "ep" not in mesh])
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "ep=" not in mesh and "etp=" not in mesh])
 @pytest.mark.parametrize(("slot", "kind"), every_kind())
 def test_every_kind_on_every_mesh(slot: str, kind: str, mesh: str, pool: Pool) -> None:
     assert_equal(of_kind(slot, kind), mesh, pool)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "ep" in mesh])
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "ep=" in mesh or "etp=" in mesh])
 @pytest.mark.parametrize(("slot", "kind"), [at for at in every_kind() if has_experts(*at)])
 def test_every_kind_with_experts_on_every_mesh_of_them(slot: str, kind: str, mesh: str, pool: Pool) -> None:
     assert_equal(of_kind(slot, kind), mesh, pool)

@@ -27,7 +27,14 @@ from tests.contract.tiny import build, plain
         ("dp=2,reshard=false", "reshard=false is about parameters that FSDP gathers, and fsdp is 1; leave it out"),
         ("cp=2,context=rings", "context is 'rings'; did you mean ring? it is one of ulysses, ring"),
         ("dp=2,context=ring", "context=ring is for context ranks, and cp is 1; leave it out, or give cp too"),
-        ("etp=2", "etp is 2; expert tensor parallelism is not built yet, so leave etp out"),
+        (
+            "dp=2,etp=4",
+            "etp is 4, which must divide dp x fsdp x cp x tp = 2, whose ranks it borrows; use etp=1, or dp=4",
+        ),
+        (
+            "dp=2,ep=2,etp=2",
+            "ep x etp is 4, which must divide dp x fsdp x cp x tp = 2, whose ranks it borrows; use ep=1",
+        ),
         ("dp=2,ep=4", "ep is 4, which must divide dp x fsdp x cp x tp = 2, whose ranks it borrows; use ep=2, or dp=4"),
         ("hsdp=1x2,ep=4", "use ep=2, or hsdp=2x2"),
         ("dp=1048573,ep=2", "use ep=1"),
@@ -53,6 +60,9 @@ def test_refused_meshes(text: str, message: str) -> None:
         ),
         ("cp=16", build(), "cp=16 with tp=1 needs 16 to divide the 8 heads of"),
         ("ep=2", build(), "ep is 2 and the model has no experts; use ep=1"),
+        ("etp=2", build(), "etp is 2 and the model has no experts; use etp=1, or an ffn with experts, such as moe"),
+        ("etp=16", build(ffn="moe"), "etp is 16, which does not divide the"),
+        ("etp=2", build(ffn="moe", residual="desync"), "gives each tensor rank a part of an expert's width; use etp=1"),
         ("ep=8", build(ffn="moe"), "ep is 8, which does not divide the 4 experts of"),
         ("pp=8", build(), "pp=8 makes 8 stages and the number of layers is 4; use pp=4"),
         (

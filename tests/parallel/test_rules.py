@@ -27,12 +27,13 @@ ROOT = Path(__file__).parents[2]
 class Position:
     """Stands in for a mesh where only the index and number of tensor and expert ranks matter."""
 
-    def __init__(self, tp: tuple[int, int] = (0, 1), ep: tuple[int, int] = (0, 1)) -> None:
+    def __init__(self, tp: tuple[int, int] = (0, 1), ep: tuple[int, int] = (0, 1), etp: int = 1) -> None:
+        self.etp = etp
         self.tp, self.ep = (type("R", (), {"index": i, "size": n})() for i, n in (tp, ep))
 
 
 def pieces(spec: ParamSpec, ranks: int, expert: bool = False) -> list[Shard]:
-    positions: list[Any] = [Position(**{"ep" if expert else "tp": (i, ranks)}) for i in range(ranks)]
+    positions: list[Any] = [Position(ep=(i, ranks)) if expert else Position(tp=(i, ranks)) for i in range(ranks)]
     return [shard("w", spec, position) for position in positions]
 
 
@@ -60,6 +61,16 @@ def test_expert_weights_are_split_over_expert_ranks_only() -> None:
     cuts = [piece.cut(whole) for piece in pieces(spec, 2, expert=True)]
     assert torch.equal(torch.cat(cuts), whole)
     assert all(piece.shape == spec.shape for piece in pieces(spec, 2))
+
+
+def test_ranks_that_share_an_expert_have_parts_of_its_width() -> None:
+    spec = ParamSpec((4, 6, 8), (Axis("experts", 4), None, Axis("expert_ffn", 8)), Normal(1.0), True)
+    whole = torch.randn(4, 6, 8)
+    positions: list[Any] = [Position(ep=(i, 4), etp=2) for i in range(4)]
+    found = [shard("w", spec, position) for position in positions]
+    assert all(piece.pieces == 4 for piece in found)
+    a, b, c, d = (piece.cut(whole) for piece in found)
+    assert torch.equal(torch.cat([torch.cat([a, b], 2), torch.cat([c, d], 2)]), whole)
 
 
 def check_adjoints() -> list[float]:
