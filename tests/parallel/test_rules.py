@@ -205,7 +205,7 @@ def test_batch_statistics_do_not_depend_on_how_tokens_are_spread() -> None:
         batch = check.make_batch(config, MeshConfig(), check.Settings(packed=False))
         losses[group] = [float(engine.step_gradients(batch, count).losses["load_balance"]) for count in (1, 2)]
     assert losses["sequence"][0] == pytest.approx(losses["sequence"][1], rel=1e-12)
-    assert losses["microbatch"][0] != pytest.approx(losses["microbatch"][1], rel=1e-3)
+    assert losses["microbatch"][0] != pytest.approx(losses["microbatch"][1], rel=1e-6)
     assert losses["microbatch"][1] == pytest.approx(losses["sequence"][1], rel=1e-12)
 
 
