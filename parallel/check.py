@@ -25,10 +25,9 @@ from models.memory.none import NoneConfig
 from parallel import pipeline
 from parallel.compiled import refuse_schedule
 from parallel.engine import Batch, Engine
-from parallel.gradients import Held
 from parallel.mesh import Mesh, MeshConfig
 from parallel.preflight import refuse, refuse_memory
-from parallel.tensor import check_replicas
+from parallel.replicas import differences
 from parallel.testing import Pool
 
 CLIP = 0.5
@@ -234,16 +233,8 @@ def run_rank(
         "gradients": {n: error(g, reference.gradients[n], floor) for n, g in step.gradients.items()},
         "parameters": {n: error(p, reference.parameters[n]) for n, p in step.parameters.items()},
         "statistics": {n: error(step.statistics[n], s) for n, s in reference.statistics.items()},
-        "replicas": [held.shard.name for held in engine.held() if not equal_replicas(held, mesh)],
+        "replicas": [found.name for found in differences(engine)],
     }
-
-
-def equal_replicas(held: Held, mesh: Mesh) -> bool:
-    """Whether ranks that hold the same plain piece hold the same bits."""
-    if held.sharded:
-        return True
-    ranks = [mesh.expert_data] if held.shard.expert else [mesh.data, *([mesh.tp] if held.shard.pieces == 1 else [])]
-    return all(check_replicas(held.parameter.detach(), r) for r in ranks)
 
 
 def refuse_combination(config: LMConfig, mesh: MeshConfig, settings: Settings) -> None:

@@ -6,7 +6,6 @@ Shape suffixes: B batch, T sequence, D model width, V vocabulary.
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -169,12 +168,3 @@ class TokenShard:
         if self.order is not None:
             side = side.ordered(self.order(side.tokens.shape[1], side.tokens.device))
         return side.narrow(self.index * length, length)
-
-
-def check_replicas(x: Tensor, ranks: Ranks) -> bool:
-    """Whether x is bitwise equal on all ranks."""
-    if ranks.size == 1:
-        return True
-    parts = [torch.empty_like(x) for _ in range(ranks.size)]
-    dist.all_gather(parts, x.contiguous(), group=ranks.group)
-    return all(torch.equal(part, x) for part in parts)

@@ -10,8 +10,10 @@ from parallel.testing import Pool
 
 # Tests are small: threads that wait for one another on a busy machine made some of them 15 times as long.
 torch.set_num_threads(1)
-# A shell starts what it runs in the background with Ctrl-C ignored, which the runs that tests interrupt would inherit.
+# A shell starts what it runs in the background with Ctrl-C ignored, and nohup with the loss of a terminal, which the
+# runs that tests interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,9 @@ class TrainConfig:
     batches of an evaluation. keep_checkpoints: how many of the newest stay. keep_every: those at multiples of so many
     steps stay too, 0 is none. dtype: of the computation; bfloat16 keeps the weights, the sums of gradients and the
     optimiser's state in float32. compile: the layers, with torch.compile; the first step then
-    takes longer. faults: what happens at a loss that is not finite. profile: some steps, null for none.
+    takes longer. faults: what happens at a loss that is not finite. profile: some steps, null for none. check_replicas:
+    every so many steps ranks compare what they should hold alike, bit for bit, and a run ends where they do not; 0 is
+    never.
     """
 
     steps: int
@@ -134,10 +136,11 @@ class TrainConfig:
     compile: bool = False
     faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
     profile: ProfileConfig | None = None
+    check_replicas: int = 0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "global_batch", "micro_batch", "eval_batches", "keep_checkpoints")
-        at_least(self, 0, "log_every", "eval_every", "save_every", "keep_every")
+        at_least(self, 0, "log_every", "eval_every", "save_every", "keep_every", "check_replicas")
 
 
 @dataclasses.dataclass(frozen=True)

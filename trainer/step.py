@@ -8,6 +8,7 @@ import torch
 
 from models.cost import cost
 from parallel.engine import Engine
+from parallel.replicas import differences
 from trainer.config import RunConfig
 from trainer.data.rows import on_device
 from trainer.data.samples import Samples
@@ -35,7 +36,7 @@ class Stepper:
 
     def take(self, state: RunState, asked: Callable[[], bool]) -> tuple[RunState, StepMetrics | None, bool]:
         """The state after one more step, what to report (None: the step was skipped), and whether any rank was `asked`
-        to stop (a collective)."""
+        to stop (a collective). Raises ValueError on all ranks where replicas are found to differ."""
         config, engine = self._config, self._engine
         mesh, size = engine.mesh, config.train.global_batch
         began = time.perf_counter()
@@ -52,6 +53,8 @@ class Stepper:
             self._optimizer.step(lr)
             engine.after_step(out.stats)
         state = state.after(size, out.tokens)
+        if config.train.check_replicas and state.step % config.train.check_replicas == 0:
+            refuse_differences(engine, state.step)
         memory = config.memory.report(out.stats)
         if not self._warned and (sentence := config.memory.warning(memory)):
             self._warn(sentence)
@@ -78,3 +81,14 @@ class Stepper:
             memory=memory,
         )
         return state, report, out.votes > 0
+
+
+def refuse_differences(engine: Engine, step: int) -> None:
+    """Raise ValueError for the first parameter that ranks hold unequally and should not (a collective)."""
+    found = differences(engine)
+    if found:
+        more = f", and {len(found) - 1} others do" if len(found) > 1 else ""
+        raise ValueError(
+            f"after step {step} {found[0]}{more}, which should be equal bit for bit: a machine or a mesh computes "
+            "wrongly; resume from a checkpoint before it, and find the step with train.check_replicas=1"
+        )

@@ -73,5 +73,5 @@ def test_a_gathered_branch_that_nothing_splits_is_refused_under_tp(forget: None)
 
 def test_whole_tokens_without_parts_are_refused_where_ranks_have_streams(forget: None) -> None:
     ffn_with("mine", True)
-    with pytest.raises(ValueError, match="Probe runs on whole tokens and does not say by_part"):
+    with pytest.raises(ValueError, match="probe runs on whole tokens and does not say by_part"):
         refuse(build(ffn={"kind": "probe"}, residual={"kind": "desync", "ranks": 2}), MeshConfig())
