@@ -112,6 +112,13 @@ class SpreadRecurrences(Recurrences):
         _, through_B2 = super().scan_pairs(decay_BT2, torch.zeros_like(x_BT2), one)
         return super().scan_pairs(decay_BT2, x_BT2, self._before(through_B2, final_B2, times_pairs))
 
+    def starts(self, x_BT: Tensor) -> Tensor:
+        if self.before_B1 is None:
+            # Of rows that are one document each, the first stretch alone has no token in front of it.
+            ids_BT = torch.zeros(x_BT.shape[:2], dtype=torch.int64, device=x_BT.device)
+            self.before_B1 = self._group.before(ids_BT, 1, -1)
+        return super().starts(x_BT)
+
     def _before(self, through_B: Tensor, final_B: Tensor, times: Times) -> Tensor:
         """The state in front of each stretch that is here."""
         goes_on_B = self._goes_on(final_B)

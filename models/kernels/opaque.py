@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import library
 
 Result = TypeVar("Result")
 
@@ -18,7 +19,7 @@ def opaque(function: Callable[..., Result]) -> Callable[..., Result]:
     function itself, run without data, tells the compiler of them.
     """
     namespace, name = re.sub(r"\W", "_", function.__module__), function.__name__.strip("_")
-    operator = torch.library.custom_op("::".join((namespace, name)), function, mutates_args=())
+    operator = library.custom_op(f"{namespace}::{name}", function, mutates_args=())
     operator.register_fake(function)
 
     @functools.wraps(function)

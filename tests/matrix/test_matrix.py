@@ -135,8 +135,10 @@ def test_tokens_stop_at_different_steps() -> None:
 
 @pytest.mark.parametrize("kind", sorted(MixerConfig.kinds()))
 def test_every_mixer_in_place(kind: str, pool: Pool) -> None:
-    """Stretches of three tokens: documents begin with some of them, and convolutions see further back."""
+    """Stretches of three tokens: documents begin with some of them, and convolutions see further back. And rows that
+    are one document each, without padding."""
     assert_equal(of_kind("mixer", kind), "cp=4,context=ring", pool)
+    assert_equal(of_kind("mixer", kind), "cp=2,context=ring", pool, check.Settings(length=16, packed=False))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
