@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.context import LayerContext
-from models.kernels.attention import Attend, Softmax, as_bias, as_gated_bias, visibility
+from models.kernels.attention import Attend, AttendInParts, Softmax, as_bias, as_gated_bias, visibility
 from models.limits import at_least, head_width, shared_out
 from models.params import Axis, Linear, RMSNorm
 from models.rope import angles, rotate_half, rotate_interleaved
@@ -139,7 +139,9 @@ class Attention(Mixer):
         q_BTHK, k_BSJK = self.turned(heads["q"], heads["k"], positions_BT)
         v_BSJV, gate_BS = heads["v"], heads.get(KEY_GATE)
         if self.sequence is not None:
-            return read.spread(q_BTHK, k_BSJK, v_BSJV, gate_BS, side, window, self.sequence), None
+            assert isinstance(read, AttendInParts)
+            found = self.sequence.attend(q_BTHK, k_BSJK, v_BSJV, gate_BS, side.positions, side.documents, window)
+            return read.beside(*found), None
         if cache is None and gate_BS is None:
             documents_BT = None if side.documents is None else side.documents_BT
             return read.causal(q_BTHK, k_BSJK, v_BSJV, positions_BT, documents_BT, window), None

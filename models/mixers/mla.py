@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
-from models.kernels.attention import as_bias, as_gated_bias, attend, attend_causal, attend_spread, visibility
+from models.kernels.attention import as_bias, as_gated_bias, attend, attend_causal, visibility
 from models.limits import at_least
 from models.params import Axis, Linear, RMSNorm, upcast
 from models.rope import angles, rotate_half, rotate_interleaved
@@ -120,8 +120,9 @@ class MLA(Mixer):
         q_BTHN, shared_BS1P = self.turn(heads["q"], heads["shared_key"], positions_BT)
         new = {"latent": heads["latent"], "shared_key": shared_BS1P}
         if self.sequence is not None:
-            keys_BTHN = self.keys(new, w_HKC)
-            return attend_spread(q_BTHN, keys_BTHN, heads["v"], gate_BS, side, None, self.sequence), None
+            k_BTHN = self.keys(new, w_HKC)
+            found = self.sequence.attend(q_BTHN, k_BTHN, heads["v"], gate_BS, side.positions, side.documents, None)
+            return found[0], None
         if cache is None and gate_BS is None:
             documents_BT = None if side.documents is None else side.documents_BT
             k_BSHN = self.keys(new, w_HKC)

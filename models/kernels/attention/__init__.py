@@ -3,24 +3,22 @@
 Shape suffixes: B batch, T sequence, H query heads, J key/value heads, K key and V value width of a head.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from models.kernels.attention.blocked import attend_blocked
 from models.kernels.attention.reference import as_bias, as_gated_bias, attend, visibility
-from models.sequence_group import SequenceGroup
-from models.state import Side
 
 __all__ = [
     "Attend",
+    "AttendInParts",
     "Softmax",
     "as_bias",
     "as_gated_bias",
     "attend",
     "attend_causal",
-    "attend_spread",
     "visibility",
 ]
 
@@ -47,21 +45,8 @@ def attend_causal(
     return attend(q_BTHK, k_BTJK, v_BTJV, as_bias(visible, q_BTHK.dtype))
 
 
-def attend_spread(
-    q_BTHK: Tensor,
-    k_BTJK: Tensor,
-    v_BTJV: Tensor,
-    gate_BT: Tensor | None,
-    side: Side,
-    window: int | None,
-    group: SequenceGroup,
-) -> Tensor:
-    """See `Attend.spread`."""
-    return group.attend(q_BTHK, k_BTJK, v_BTJV, gate_BT, side.positions, side.documents, window)[0]
-
-
 class Attend(Protocol):
-    """What weighs values by scores q k / sqrt(K), ways to the same numbers. All return [B, T, H, V]."""
+    """What weighs values by scores q k / sqrt(K), two ways to the same numbers. Both return [B, T, H, V]."""
 
     def causal(
         self,
@@ -79,22 +64,19 @@ class Attend(Protocol):
         """Over any keys. bias_BTS is added to the scores; -inf hides a key."""
         ...
 
-    def spread(
-        self,
-        q_BTHK: Tensor,
-        k_BTJK: Tensor,
-        v_BTJV: Tensor,
-        gate_BT: Tensor | None,
-        side: Side,
-        window: int | None,
-        group: SequenceGroup,
-    ) -> Tensor:
-        """Causal, where the ranks of `group` have parts of the sequence. gate_BT: see `as_gated_bias`. side: of this
-        rank's tokens."""
+
+@runtime_checkable
+class AttendInParts(Attend, Protocol):
+    """What can be put together from a softmax over tokens that others computed."""
+
+    def beside(self, out_BTHV: Tensor, lse_BTH: Tensor) -> Tensor:
+        """[B, T, H, V]. out, lse: of all tokens that a query sees, see `SequenceGroup.attend`."""
         ...
 
 
 class Softmax:
     causal = staticmethod(attend_causal)
     masked = staticmethod(attend)
-    spread = staticmethod(attend_spread)
+
+    def beside(self, out_BTHV: Tensor, lse_BTH: Tensor) -> Tensor:
+        return out_BTHV

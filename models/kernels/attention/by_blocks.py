@@ -10,8 +10,6 @@ from torch import Tensor
 
 from models.kernels.attention.blocked import blocks
 from models.params import upcast
-from models.sequence_group import SequenceGroup
-from models.state import Side
 
 
 class ByBlocks:
@@ -38,18 +36,6 @@ class ByBlocks:
             score[..., block.masked - block.first :].masked_fill_(block.hidden[:, None, None], -torch.inf)
             outs.append(self.read(score, v_BJTV[..., keys, :], queries))
         return by_token(torch.cat(outs, dim=-2))
-
-    def spread(
-        self,
-        q_BTHK: Tensor,
-        k_BTJK: Tensor,
-        v_BTJV: Tensor,
-        gate_BT: Tensor | None,
-        side: Side,
-        window: int | None,
-        group: SequenceGroup,
-    ) -> Tensor:
-        raise NotImplementedError
 
     def masked(self, q_BTHK: Tensor, k_BSJK: Tensor, v_BSJV: Tensor, bias_BTS: Tensor) -> Tensor:
         score = scores(by_head(q_BTHK, k_BSJK.shape[2]), k_BSJK.transpose(1, 2)) + bias_BTS[:, None, None]
@@ -87,21 +73,11 @@ class SoftmaxWithMemory(ByBlocks):
         p_BJGQX = torch.cat([memory_BJGQN, score_BJGQS], dim=-1).softmax(-1)
         return product(p_BJGQX[..., :slots], self.v_JNV) + product(p_BJGQX[..., slots:], v_BJSV)
 
-    def spread(
-        self,
-        q_BTHK: Tensor,
-        k_BTJK: Tensor,
-        v_BTJV: Tensor,
-        gate_BT: Tensor | None,
-        side: Side,
-        window: int | None,
-        group: SequenceGroup,
-    ) -> Tensor:
-        out_BTHV, lse_BTH = group.attend(q_BTHK, k_BTJK, v_BTJV, gate_BT, side.positions, side.documents, window)
-        score, heads = upcast(self.score_BJGTN), k_BTJK.shape[2]
+    def beside(self, out_BTHV: Tensor, lse_BTH: Tensor) -> Tensor:
+        score, heads = upcast(self.score_BJGTN), self.v_JNV.shape[0]
         tokens_BJGT1 = by_head(lse_BTH[..., None], heads)
         all_BJGT1 = torch.logaddexp(tokens_BJGT1, score.logsumexp(-1, keepdim=True))
-        memory = product((score - all_BJGT1).exp().to(v_BTJV.dtype), self.v_JNV)
+        memory = product((score - all_BJGT1).exp().to(self.v_JNV.dtype), self.v_JNV)
         return by_token((tokens_BJGT1 - all_BJGT1).exp().to(out_BTHV.dtype) * by_head(out_BTHV, heads) + memory)
 
 
