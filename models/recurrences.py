@@ -47,8 +47,20 @@ class Recurrences:
             scale=scale,
             value_g_BTJV=value_g_BTJV,
             documents_BT=self.documents_BT,
-            state_BJKV=state_BJKV,
+            state_BJKV=self.state_before(k_BTHK, v_BTJV, g, beta_BTJ, value_g_BTJV, state_BJKV),
         )
+
+    def state_before(
+        self,
+        k_BTHK: Tensor,
+        v_BTJV: Tensor,
+        g: Tensor | None,
+        beta_BTJ: Tensor | None,
+        value_g_BTJV: Tensor | None,
+        past_BJKV: Tensor | None,
+    ) -> Tensor | None:
+        """What a recurrence of matrices starts from. past: what was decoded before."""
+        return past_BJKV
 
     def scan(self, decay_BT: Tensor, x_BT: Tensor, state_B: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of vectors; see `models.kernels.diagonal`."""
@@ -79,25 +91,18 @@ class SpreadRecurrences(Recurrences):
         super().__init__(documents_BT, before_B1)
         self._group = group
 
-    def __call__(
+    def state_before(
         self,
-        q_BTHK: Tensor,
         k_BTHK: Tensor,
         v_BTJV: Tensor,
-        g: Tensor | None = None,
-        beta_BTJ: Tensor | None = None,
-        *,
-        scale: float,
-        value_g_BTJV: Tensor | None = None,
-        state_BJKV: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        assert state_BJKV is None, "decoding does not run where a sequence is spread out"
+        g: Tensor | None,
+        beta_BTJ: Tensor | None,
+        value_g_BTJV: Tensor | None,
+        past_BJKV: Tensor | None,
+    ) -> Tensor:
+        assert past_BJKV is None, "decoding does not run where a sequence is spread out"
         through, final_BJKV = passing(k_BTHK, v_BTJV, g, beta_BTJ, value_g_BTJV, self.documents_BT)
-        times = torch.mul if beta_BTJ is None else torch.matmul
-        state_BJKV = self._before(through, final_BJKV, times)
-        return super().__call__(
-            q_BTHK, k_BTHK, v_BTJV, g, beta_BTJ, scale=scale, value_g_BTJV=value_g_BTJV, state_BJKV=state_BJKV
-        )
+        return self._before(through, final_BJKV, torch.mul if beta_BTJ is None else torch.matmul)
 
     def scan(self, decay_BT: Tensor, x_BT: Tensor, state_B: Tensor | None) -> tuple[Tensor, Tensor]:
         assert state_B is None, "decoding does not run where a sequence is spread out"
