@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -46,7 +46,7 @@ def lives(model: LM) -> list[Life]:
     return found
 
 
-def boundary_bytes(boundary: list[Entry], tokens: int, stream: torch.dtype) -> int:
+def boundary_bytes(boundary: Sequence[Entry], tokens: int, stream: torch.dtype) -> int:
     """Of one boundary's entries for so many tokens, over all ranks that split them. stream: the stream's type."""
     return sum(
         math.prod(entry.shape) * (1 if entry.layout is Layout.PER_RANK else tokens) * entry.dtype_in(stream).itemsize

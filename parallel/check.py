@@ -221,7 +221,13 @@ def run_rank(
     count = micro_batches(mesh_config, settings)
     batch = share(make_batch(config, mesh_config, settings), count, mesh.data_rank, mesh.data_size)
     engine = Engine(
-        config, mesh, seed=settings.seed, dtype=settings.dtype, compile=settings.compile, memory=settings.memory
+        config,
+        mesh,
+        seed=settings.seed,
+        dtype=settings.dtype,
+        compile=settings.compile,
+        memory=settings.memory,
+        sequence=settings.length,
     )
     step = take_step(engine, batch, count, reference.state, settings)
     floor = 1e-5 * max(float(g.abs().max()) for g in reference.gradients.values() if g.numel())

@@ -79,7 +79,8 @@ def pad(batch: Batch, multiple: int) -> Batch:
 
 class Engine:
     """dtype: of the computation; weights and gradients are kept in float32, or in float64 if it is that.
-    compile: the layers, with torch.compile. memory: what of their forward pass is kept, all by default.
+    compile: the layers, with torch.compile. memory: what of their forward pass is kept, all by default. sequence: about
+    how many tokens one has, by which the cost of a pipeline's layers is weighed.
 
     Raises ValueError, before anything is allocated, for a model that the mesh cannot hold.
     """
@@ -93,6 +94,7 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
         memory: MemoryConfig | None = None,
+        sequence: int = 1,
     ) -> None:
         self.config, self.mesh, self.dtype = config, mesh, dtype
         memory = memory or NoneConfig()
@@ -102,7 +104,7 @@ class Engine:
             refuse_schedule(mesh.config)
         with torch.device("meta"):
             whole_model = LM(config)
-            self.stages = pipeline.stages(config, mesh) if mesh.pp.size > 1 else []
+            self.stages = pipeline.stages(config, mesh, sequence) if mesh.pp.size > 1 else []
         self.models: list[LM] = [stage.model for stage in self.stages] or [whole_model]
         heads = tensor.over_heads(whole_model)
         for index, model in enumerate(self.models):
@@ -205,7 +207,8 @@ class Engine:
         record = pipeline.Record()
         for stage in self.stages:
             stage.scale, stage.record = scale, record
-        last = any(not stage.entries_out for stage in self.stages)
+            stage.shelf.clear()
+        last = any(not stage.plan.sent for stage in self.stages)
         self._schedules[key].step(**batch.side(), target=batch.targets if last else None)  # type: ignore[attr-defined]
         return record
 

@@ -18,6 +18,9 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")
 CONTEXTS = ("ulysses", "ring")
 MOST_RANKS = 2**20  # more than any machine has, and few enough to look for the nearest mesh that works
 SPLIT_BACKWARD = ("zero_bubble", "zbv", "dualpipev")
+ONE_STAGE = ("gpipe", "1f1b")
+V_SHAPED = ("zbv", "dualpipev")
+TEXTS = ("hsdp", "schedule", "context", "stages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,8 @@ class MeshConfig:
     ranks mix along the sequence: ulysses exchanges heads for tokens around every mixer's core; ring leaves tokens in
     place, sends keys and values round, and states on. ep: experts, over ranks that the other degrees provide. etp:
     expert tensor, likewise: ranks that share an expert's width. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved,
-    zero_bubble, zbv or dualpipev.
+    zero_bubble, zbv or dualpipev. stages: the number of layers of each pipeline stage, such as "3+5+5+3", in place of
+    cuts by cost.
     """
 
     dp: int = 1
@@ -43,6 +47,7 @@ class MeshConfig:
     etp: int = 1
     pp: int = 1
     schedule: str = "1f1b"
+    stages: str | None = None
     reshard: bool = True
 
     def __post_init__(self) -> None:
@@ -67,6 +72,7 @@ class MeshConfig:
             raise ValueError(
                 f"schedule={self.schedule} is for pipeline ranks, and pp is 1; leave schedule out, or give pp too"
             )
+        self._check_stages()
         if not self.reshard and self.shard == 1:
             raise ValueError("reshard=false is about parameters that FSDP gathers, and fsdp is 1; leave it out")
         if self.world_size > MOST_RANKS:
@@ -81,6 +87,31 @@ class MeshConfig:
                 f"{one} is {self.expert_ranks}, which must divide dp x fsdp x cp x tp = {self.stage_size}, whose ranks "
                 f"it borrows; use {less}" + (f", or {more}" if self.world_size * times <= MOST_RANKS else "")
             )
+
+    def _check_stages(self) -> None:
+        if self.stages is None:
+            return
+        if self.pp == 1:
+            raise ValueError(f"stages={self.stages} is for pipeline ranks, and pp is 1; leave it out, or give pp too")
+        sizes = self.stages.split("+")
+        if not all(size.isdecimal() and len(size) < 19 and int(size) > 0 for size in sizes):
+            raise ValueError(f"stages is {self.stages!r}; write the layers of each stage, one or more, such as 3+5")
+        if len(sizes) != self.num_stages:
+            each = "one" if self.num_stages == self.pp else "two"
+            raise ValueError(
+                f"stages={self.stages} says {len(sizes)} of them, and pp={self.pp} with schedule {self.schedule} has "
+                f"{self.num_stages}, {each} per rank; give {self.num_stages} numbers, or leave stages out"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Of the whole pipeline."""
+        return self.pp if self.schedule in ONE_STAGE else 2 * self.pp
+
+    @property
+    def sizes(self) -> list[int] | None:
+        """The layers of each stage, where they are given."""
+        return None if self.stages is None else [int(size) for size in self.stages.split("+")]
 
     @property
     def expert_ranks(self) -> int:
@@ -126,7 +157,7 @@ class MeshConfig:
                 raise ValueError(f"mesh has no key {key!r}; {hint}the keys are {', '.join(fields)}")
             if key in values:
                 raise ValueError(f"mesh gives {key} twice; give it once")
-            if key in ("hsdp", "schedule", "context"):
+            if key in TEXTS:
                 values[key] = value
             elif key == "reshard":
                 if value not in ("true", "false"):
@@ -154,6 +185,8 @@ class MeshConfig:
             sizes.insert(0, f"hsdp={self.hsdp}")
         if self.pp > 1:
             sizes.append(f"schedule={self.schedule}")
+        if self.stages is not None:
+            sizes.append(f"stages={self.stages}")
         if self.context != "ulysses":
             sizes.append(f"context={self.context}")
         if not self.reshard:

@@ -4,8 +4,7 @@ Token ids, targets, document ids and positions are keyword arguments that every 
 """
 
 import dataclasses
-import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -29,7 +28,9 @@ from models.params import Axis
 from models.pieces import split
 from models.state import Entry, Layout, State
 from parallel import split_backward
-from parallel.mesh import Mesh, MeshConfig
+from parallel.mesh import ONE_STAGE, V_SHAPED, Mesh, MeshConfig
+from parallel.shelf import Shelf
+from parallel.stages import StagePlan, owner, plan, refuse_stages
 
 CLASSES: Mapping[str, Any] = MappingProxyType(
     {
@@ -41,45 +42,17 @@ CLASSES: Mapping[str, Any] = MappingProxyType(
         "dualpipev": ScheduleDualPipeV,
     }
 )
-ONE_STAGE = ("gpipe", "1f1b")
-V_SHAPED = ("zbv", "dualpipev")
-
-
-def num_stages(mesh: MeshConfig) -> int:
-    return mesh.pp if mesh.schedule in ONE_STAGE else 2 * mesh.pp
-
-
-def owner(stage: int, mesh: MeshConfig) -> int:
-    """The pipeline rank that runs `stage`: in a loop, or down and up again (V)."""
-    turned_back = mesh.schedule in V_SHAPED and stage >= mesh.pp
-    return 2 * mesh.pp - 1 - stage if turned_back else stage % mesh.pp
-
-
-def cuts(num_layers: int, stages: int) -> list[tuple[int, int]]:
-    """Layers start..stop-1 of each stage, as even as can be."""
-    edges = [round(i * num_layers / stages) for i in range(stages + 1)]
-    return list(itertools.pairwise(edges))
 
 
 def refuse(mesh: MeshConfig, num_layers: int, micro_batches: int) -> None:
     """Raise ValueError where the schedule cannot run, with the nearest thing that can."""
-    stages = num_stages(mesh)
-    if stages > num_layers:
-        one = stages == mesh.pp
-        fit = "" if one else f" (two per rank under {mesh.schedule})"
-        most = num_layers * mesh.pp // stages
-        alone = "pp=1" if mesh.schedule == "1f1b" else "pp=1 without a schedule"
-        raise ValueError(
-            f"pp={mesh.pp} makes {stages} stages{fit} and the number of layers is {num_layers}; "
-            f"use {f'pp={most}' if most > 1 else alone}"
-            + (", or a schedule with one stage per rank such as 1f1b" if not one and mesh.pp <= num_layers else "")
-        )
+    refuse_stages(mesh, num_layers)
     if mesh.schedule in ("interleaved", "zero_bubble") and micro_batches % mesh.pp:
         up = -(-micro_batches // mesh.pp) * mesh.pp
         raise ValueError(
             f"schedule {mesh.schedule} takes a multiple of pp={mesh.pp} micro-batches and has {micro_batches}; use {up}"
         )
-    least = stages if mesh.schedule in V_SHAPED else 1
+    least = mesh.num_stages if mesh.schedule in V_SHAPED else 1
     if micro_batches < least:
         raise ValueError(
             f"schedule {mesh.schedule} needs at least {least} micro-batches and has {micro_batches}; use {least}"
@@ -116,28 +89,33 @@ def forward(model: LM, side: dict[str, Tensor], state: State | None = None) -> O
 
 
 class Stage(nn.Module):
-    """A slice of the model that takes and returns tensors by position, in the order of its boundary's entries.
+    """A slice of the model that takes and returns tensors by position, in the order of its plan's entries.
 
-    The last stage returns its share of the loss, times `scale` (1 / global tokens), shape (1,).
+    shelf: of this rank. The last stage returns its share of the loss, times `scale` (1 / global tokens), shape (1,).
     """
 
-    def __init__(self, model: LM, entries_in: list[Entry], entries_out: list[Entry]) -> None:
+    def __init__(self, model: LM, plan: StagePlan, shelf: Shelf) -> None:
         super().__init__()
-        self.model = model
-        self.entries_in, self.entries_out = entries_in, entries_out
+        self.model, self.plan, self.shelf = model, plan, shelf
         self.scale = 1.0
         self.record = Record()
 
     def forward(self, *tensors: Tensor, **side: Tensor) -> Tensor | tuple[Tensor, ...]:
-        names = [entry.name for entry in self.entries_in]
+        plan = self.plan
         # Sending a gradient back demands that it is contiguous.
         received = [ContiguousGradient.apply(x) for x in tensors]
-        out = forward(self.model, side, dict(zip(names, received, strict=True)) if names else None)
+        state = {entry.name: x for entry, x in zip(plan.received, received, strict=True)}
+        if plan.taken:
+            state |= zip((entry.name for entry in plan.taken), self.shelf.take(received[0]), strict=True)
+        out = forward(self.model, side, state or None)
         self.record.add(out)
         if out.state is None:
             assert out.loss is not None
             return owned((out.loss * self.scale).reshape(1))
-        return tuple(owned(out.state[entry.name]) for entry in self.entries_out)
+        sent = [out.state[entry.name] for entry in plan.sent]
+        if plan.kept:
+            sent[0] = self.shelf.keep(sent[0], tuple(out.state[entry.name] for entry in plan.kept))
+        return tuple(owned(x) for x in sent)
 
 
 def owned(x: Tensor) -> Tensor:
@@ -145,21 +123,15 @@ def owned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def stages(config: LMConfig, mesh: Mesh) -> list[Stage]:
-    """This rank's stages, on the meta device, whole parameters."""
-    count = num_stages(mesh.config)
-    mine = []
-    for index, (start, stop) in enumerate(cuts(len(config.expanded), count)):
-        if owner(index, mesh.config) == mesh.pp.index:
+def stages(config: LMConfig, mesh: Mesh, sequence: int) -> list[Stage]:
+    """This rank's stages, on the meta device, whole parameters. sequence: see `parallel.stages.plan`."""
+    shelf, mine = Shelf(), []
+    for planned in plan(LM(config), mesh.config, sequence):
+        if planned.rank == mesh.pp.index:
             model = LM(config)
-            entries_in, entries_out = model.boundaries[start], model.boundaries[stop]
-            model.prune(start, stop)
-            mine.append(Stage(model, entries_in if index else [], entries_out if index < count - 1 else []))
+            model.prune(planned.start, planned.stop)
+            mine.append(Stage(model, planned, shelf))
     return mine
-
-
-def stage_indices(mesh: Mesh) -> list[int]:
-    return [i for i in range(num_stages(mesh.config)) if owner(i, mesh.config) == mesh.pp.index]
 
 
 def local_shape(entry: Entry, batch: int, sequence: int, mesh: Mesh) -> tuple[int, ...]:
@@ -173,7 +145,7 @@ def local_shape(entry: Entry, batch: int, sequence: int, mesh: Mesh) -> tuple[in
     return (batch, sequence // mesh.cp.size, heads, *entry.shape[1:])
 
 
-def example(entries: list[Entry], batch: int, sequence: int, mesh: Mesh, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def example(entries: Sequence[Entry], batch: int, sequence: int, mesh: Mesh, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Meta tensors of a boundary, from which the wire's buffers are made."""
     shapes = [local_shape(entry, batch, sequence, mesh) for entry in entries]
     dtypes = [torch.promote_types(dtype, entry.dtype or dtype) for entry in entries]
@@ -189,16 +161,16 @@ def build_schedule(
     if mesh.config.splits_backward:
         split_backward.correct()
     wired = []
-    for index, stage in zip(stage_indices(mesh), mine, strict=True):
+    for stage in mine:
         loss = (torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True),)
         wired.append(
             PipelineStage(
                 stage,
-                index,
-                num_stages(mesh.config),
+                stage.plan.index,
+                mesh.config.num_stages,
                 torch.device(mesh.device),
-                input_args=example(stage.entries_in, batch, sequence, mesh, dtype),
-                output_args=example(stage.entries_out, batch, sequence, mesh, dtype) or loss,
+                input_args=example(stage.plan.received, batch, sequence, mesh, dtype),
+                output_args=example(stage.plan.sent, batch, sequence, mesh, dtype) or loss,
                 group=mesh.pp.group,
             )
         )
@@ -221,11 +193,12 @@ def relay(mine: list[Stage], mesh: Mesh, side: dict[str, Tensor], dtype: torch.d
     record = Record()
     sent = []
     carried: tuple[Tensor, ...] = ()
-    for index, stage in zip(stage_indices(mesh), mine, strict=True):
+    for stage in mine:
+        index = stage.plan.index
         stage.record = record
         source, target = owner(index - 1, mesh.config), owner(index + 1, mesh.config)
         if index > 0 and source != mesh.pp.index:
-            meta = example(stage.entries_in, batch, sequence, mesh, dtype)
+            meta = example(stage.plan.received, batch, sequence, mesh, dtype)
             carried = tuple(torch.empty(m.shape, dtype=m.dtype, device=mesh.device) for m in meta)
             for x in carried:
                 dist.recv(x, group=mesh.pp.group, group_src=source)

@@ -10,6 +10,7 @@ from rich.console import Console
 from models.lm import LM
 from parallel.context import exchanging
 from parallel.mesh import Mesh
+from parallel.stages import plan, told
 from trainer import metrics
 from trainer.config import RunConfig
 from trainer.data.samples import held_out_rows, samples
@@ -95,7 +96,7 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
         profiled(config.train.profile, folder, mesh) as profile_step,
     ):
         log.say(opening(config, mesh, state, last, origin) if state.step < last else nothing_to_do(config, state, last))
-        notes = (exchanging(config.model, mesh.config), *data.plan(config.train.steps * size))
+        notes = (exchanging(config.model, mesh.config), pipeline(config), *data.plan(config.train.steps * size))
         for line in filter(None, notes if state.step < last else ()):
             log.say(line)
         if mesh.is_main:
@@ -136,6 +137,16 @@ def opening(config: RunConfig, mesh: Mesh, state: RunState, last: int, origin: P
     fresh = "starting" if origin is None else f"starting from the weights of {origin}"
     begin = f"resuming after step {state.step}" if state.step else fresh
     return f"{begin}: {parameters:,} parameters, {mesh.config}, to step {last}, in {config.run.dir}"
+
+
+def pipeline(config: RunConfig) -> str | None:
+    """One line on where the layers are and what crosses their boundaries, with pipeline ranks."""
+    if config.mesh.pp == 1:
+        return None
+    with torch.device("meta"):
+        plans = plan(LM(config.model), config.mesh, config.data.sequence_length)
+    tokens = config.train.micro_batch * config.data.sequence_length
+    return told(plans, tokens, getattr(torch, config.train.dtype))
 
 
 def nothing_to_do(config: RunConfig, state: RunState, last: int) -> str:

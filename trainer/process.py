@@ -106,4 +106,5 @@ def build_engine(config: RunConfig, mesh: Mesh, compile: bool = False) -> Engine
         dtype=getattr(torch, config.train.dtype),
         compile=compile,
         memory=config.memory,
+        sequence=config.data.sequence_length,
     )

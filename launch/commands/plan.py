@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def state_plan(file: str, overrides: list[str]) -> dict[str, Any]:
-    """entries: each with its life. boundaries: what lies before each layer and after the last."""
+    """entries: each with its life. boundaries: what lies before each layer and after the last. stages: of a pipeline,
+    what each has, is sent, and takes from an earlier stage of its rank."""
     import torch
 
     from configs.load import load
@@ -41,7 +42,7 @@ def state_plan(file: str, overrides: list[str]) -> dict[str, Any]:
     from models.lm import LM
     from models.plan import boundary_bytes, lives
     from parallel.mesh import MeshConfig
-    from parallel.pipeline import cuts, num_stages
+    from parallel.stages import StagePlan, plan
 
     alone = not {"train", "data", "optim"} <= load(file, overrides).keys()
     shape, dtype, mesh = (1, 1), "float32", MeshConfig()
@@ -53,8 +54,9 @@ def state_plan(file: str, overrides: list[str]) -> dict[str, Any]:
         shape = (whole.train.micro_batch, whole.data.sequence_length)
     with torch.device("meta"):
         model = LM(config)
-    sent = {stop for _, stop in cuts(len(model.blocks), num_stages(mesh))[:-1]} if mesh.pp > 1 else set()
+    stages: list[StagePlan] = plan(model, mesh, shape[1]) if mesh.pp > 1 else []
     stream = getattr(torch, dtype)
+    tokens = shape[0] * shape[1]
     return {
         "sequences": shape[0],
         "tokens": shape[1],
@@ -63,10 +65,22 @@ def state_plan(file: str, overrides: list[str]) -> dict[str, Any]:
             {
                 "before": f"layers.{index}" if index < len(model.blocks) else "close",
                 "entries": [entry.name for entry in boundary],
-                "bytes": boundary_bytes(boundary, shape[0] * shape[1], stream),
-                "sent": index in sent,
+                "bytes": boundary_bytes(boundary, tokens, stream),
             }
             for index, boundary in enumerate(model.boundaries)
+        ],
+        "stages": [
+            {
+                "stage": stage.index,
+                "rank": stage.rank,
+                "layers": [stage.start, stage.stop],
+                "parameters": stage.cost.parameters,
+                "flops_per_token": stage.cost.flops_per_token,
+                "received": [entry.name for entry in stage.received],
+                "bytes": boundary_bytes(stage.received, tokens, stream),
+                "taken": [entry.name for entry in stage.taken],
+            }
+            for stage in stages
         ],
     }
 
@@ -85,7 +99,7 @@ def described(life: "Life", stream: Any) -> dict[str, Any]:
 
 
 def show(plan: dict[str, Any]) -> None:
-    """Two tables: entries and boundaries."""
+    """Two tables, entries and boundaries, and with a pipeline a third."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -99,15 +113,25 @@ def show(plan: dict[str, Any]) -> None:
         last = row["readers"][-1] if row["readers"] else "-"
         entries.add_row(row["name"], shape, row["dtype"], row["layout"], first, last)
     micro_batch = f"{plan['sequences']} x {plan['tokens']} tokens"
-    boundaries = Table("boundary", "entries", f"bytes for {micro_batch}", "", box=box.SIMPLE_HEAD)
+    boundaries = Table("boundary", "entries", f"bytes for {micro_batch}", box=box.SIMPLE_HEAD)
     for row in plan["boundaries"]:
-        names = ", ".join(row["entries"])
-        boundaries.add_row(f"before {row['before']}", names, f"{row['bytes']:,}", "to the next stage" * row["sent"])
+        boundaries.add_row(f"before {row['before']}", ", ".join(row["entries"]), f"{row['bytes']:,}")
+    stages = Table(
+        *("stage", "rank", "layers", "parameters", "FLOPs per token", "is sent", "bytes", "takes from its rank"),
+        box=box.SIMPLE_HEAD,
+    )
+    for row in plan["stages"]:
+        first, last = row["layers"][0], row["layers"][1] - 1
+        stages.add_row(
+            *(str(row["stage"]), str(row["rank"]), str(first) if first == last else f"{first} to {last}"),
+            *(f"{row['parameters']:,}", f"{row['flops_per_token']:,.0f}"),
+            *(", ".join(row["received"]), f"{row['bytes']:,}", ", ".join(row["taken"])),
+        )
     console = Console()
     if not console.is_terminal:
         # A pipe has no width: rows must not be folded.
         console = Console(width=10_000)
-    console.print(entries, boundaries)
+    console.print(entries, boundaries, *([stages] if plan["stages"] else []))
 
 
 COMMAND = Command("show what crosses the layers of a config's model", add_arguments, run)

@@ -115,7 +115,9 @@ def test_plan_of_the_state(capsys: pytest.CaptureFixture[str]) -> None:
     assert (value["shape"], value["layout"], value["heads"]) == ([2, 16], "heads", 2)
     assert (value["writers"], value["readers"][-1]) == (["layers.0.mixer"], "layers.3.mixer")
     boundaries = plan["boundaries"]
-    assert [row["sent"] for row in boundaries] == [False, False, True, False, False]
+    first, second = plan["stages"]
+    assert (first["layers"], second["layers"], second["rank"]) == ([0, 2], [2, 4], 1)
+    assert second["received"] == boundaries[2]["entries"] and second["bytes"] == boundaries[2]["bytes"]
     assert boundaries[2]["entries"] == ["past.0", "first_value", "past.1", "past.2"]
     assert boundaries[2]["bytes"] == 4 * 2 * 64 * (3 * 64 + 2 * 16)
     lines = printed(capsys, "plan", "--state", file).splitlines()

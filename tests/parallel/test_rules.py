@@ -13,11 +13,12 @@ from configs.structure import instantiate, to_plain
 from models.config import LMConfig
 from models.lm import LM
 from models.params import Axis, Normal, ParamSpec, Parts, initialize
-from parallel import check, pipeline
+from parallel import check, pipeline, stages
 from parallel.collectives import all_to_all, gather, scatter_sum
 from parallel.engine import Batch, Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.shards import Shard, place, shard
+from parallel.shelf import Shelf
 from parallel.testing import Pool
 from tests.contract.tiny import build, plain
 
@@ -139,9 +140,9 @@ def test_stage_outputs_own_their_storage() -> None:
     with torch.device("cpu"):
         model = LM(config)
     initialize(model, 0)
-    entries = model.boundaries[2]
-    model.prune(0, 2)
-    stage = pipeline.Stage(model, [], entries)
+    first = stages.plan(model, MeshConfig(pp=2), 4)[0]
+    model.prune(first.start, first.stop)
+    stage = pipeline.Stage(model, first, Shelf())
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     for out in stage(tokens=tokens, targets=tokens):
         assert not out._is_view() and out.is_contiguous()
