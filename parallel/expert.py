@@ -3,45 +3,61 @@
 Shape suffixes: M rows, E experts, D model width.
 """
 
+import itertools
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from models.ffn.dispatch import LocalDispatch, Rowwise
+from models.ffn.dispatch import LocalDispatch, Rowwise, inverse
 from models.ffn.groups import Grouped, Peers
 from models.ffn.routed import RoutedFFN
 from models.lm import LM
 from models.params import upcast
-from parallel.collectives import all_gather, all_to_all
+from parallel.collectives import all_gather
 from parallel.context import Order, order_of
+from parallel.exchange import Direct, Exchange, TwoLevel
 from parallel.mesh import Mesh, Ranks
 
 
-class AllToAllDispatch(LocalDispatch):
-    """Experts are dealt out in order: rank r owns E/ep of them. Empty ranks still join every exchange."""
+class SpreadDispatch(LocalDispatch):
+    """Experts are dealt out in order: rank r owns E/ep of them. Empty ranks still join every exchange.
 
-    def __init__(self, ep: Ranks) -> None:
-        self.ep = ep
+    chunks: pieces of the rows, of which one is computed while others are under way.
+    """
+
+    def __init__(self, exchange: Exchange, chunks: int) -> None:
+        self.exchange, self.chunks = exchange, chunks
 
     def __call__(self, x_MD: Tensor, expert_M: Tensor, experts: Rowwise) -> Tensor:
-        local = experts.num_local
-        order = expert_M.argsort(stable=True)
-        counts_E = torch.bincount(expert_M, minlength=local * self.ep.size)
-        theirs_E = torch.empty_like(counts_E)
-        dist.all_to_all_single(theirs_E, counts_E, group=self.ep.group)
-        send, receive = (c.view(self.ep.size, local).sum(1).tolist() for c in (counts_E, theirs_E))
-        ids = torch.arange(local, device=x_MD.device).repeat(self.ep.size).repeat_interleave(theirs_E)
-        rows = all_to_all(x_MD[order], receive, send, self.ep)
-        back = all_to_all(super().__call__(rows, ids, experts), send, receive, self.ep)
-        return back[order.argsort()]
+        bounds = [round(index * len(x_MD) / self.chunks) for index in range(self.chunks + 1)]
+        spans = [slice(*span) for span in itertools.pairwise(bounds)]
+        routes = [self.exchange.route(expert_M[span], experts.num_local) for span in spans]
+        flights = [route.legs[0].start(x_MD[span]) for route, span in zip(routes, spans, strict=True)]
+        for leg in range(1, len(routes[0].legs)):
+            flights = [route.legs[leg].start(flight.wait()) for route, flight in zip(routes, flights, strict=True)]
+        returning = []
+        for route, flight in zip(routes, flights, strict=True):
+            local_E = torch.arange(experts.num_local, device=x_MD.device)
+            ids = local_E.repeat(self.exchange.size).repeat_interleave(route.counts_RE.flatten())
+            returning.append(route.legs[-1].start_back(super().__call__(flight.wait(), ids, experts)))
+        for leg in range(len(routes[0].legs) - 1, 0, -1):
+            returning = [
+                route.legs[leg - 1].start_back(flight.wait().index_select(0, inverse(route.legs[leg].before)))
+                for route, flight in zip(routes, returning, strict=True)
+            ]
+        back = [
+            flight.wait().index_select(0, inverse(route.legs[0].before))
+            for route, flight in zip(routes, returning, strict=True)
+        ]
+        return torch.cat(back) if len(back) > 1 else back[0]
 
 
-class PartsDispatch(AllToAllDispatch):
+class PartsDispatch(SpreadDispatch):
     """Of every expert each of `etp` neighbouring ranks holds a part of the width: a row goes to all of them, and what
     they make of it adds up."""
 
-    def __init__(self, ep: Ranks, etp: int) -> None:
-        super().__init__(ep)
+    def __init__(self, exchange: Exchange, chunks: int, etp: int) -> None:
+        super().__init__(exchange, chunks)
         self.etp = etp
 
     def __call__(self, x_MD: Tensor, expert_M: Tensor, experts: Rowwise) -> Tensor:
@@ -76,6 +92,13 @@ class RankPeers(Peers):
         return x_BT.chunk(self.rows, 0)[row].chunk(count, 1)[index]
 
 
+def dispatch(mesh: Mesh) -> SpreadDispatch:
+    """The way of rows on this mesh."""
+    exchange = TwoLevel(mesh.near_experts, mesh.far_experts) if mesh.config.ep_local > 1 else Direct(mesh.ep)
+    chunks = mesh.config.ep_chunks
+    return SpreadDispatch(exchange, chunks) if mesh.etp == 1 else PartsDispatch(exchange, chunks, mesh.etp)
+
+
 def parallelize(model: LM, mesh: Mesh) -> None:
     """Give every module that dispatches rows, or looks at groups of tokens, the version of this mesh.
 
@@ -86,7 +109,7 @@ def parallelize(model: LM, mesh: Mesh) -> None:
     order = order_of(mesh)
     for module in model.modules():
         if isinstance(module, RoutedFFN) and mesh.ep.size > 1:
-            module.dispatch = AllToAllDispatch(mesh.ep) if mesh.etp == 1 else PartsDispatch(mesh.ep, mesh.etp)
+            module.dispatch = dispatch(mesh)
         if isinstance(module, Grouped):
             row, everyone = (mesh.cp, mesh.data) if module in alone else (mesh.sequence, mesh.stage)
             sequence = module.group == "sequence"

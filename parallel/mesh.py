@@ -32,7 +32,9 @@ class MeshConfig:
     for its backward pass (ZeRO-3), or stay in between (ZeRO-2). tp: tensor and sequence. cp: context. context: how its
     ranks mix along the sequence: ulysses exchanges heads for tokens around every mixer's core; ring leaves tokens in
     place, sends keys and values round, and states on. ep: experts, over ranks that the other degrees provide. etp:
-    expert tensor, likewise: ranks that share an expert's width. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved,
+    expert tensor, likewise: ranks that share an expert's width. ep_local: how many of those ranks (ep x etp) are on one
+    machine, if rows are to be collected there before they go to other machines. ep_chunks: pieces in which rows travel
+    to experts, one being computed while others are under way. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved,
     zero_bubble, zbv or dualpipev. stages: the number of layers of each pipeline stage, such as "3+5+5+3", in place of
     cuts by cost.
     """
@@ -45,6 +47,8 @@ class MeshConfig:
     context: str = "ulysses"
     ep: int = 1
     etp: int = 1
+    ep_local: int = 1
+    ep_chunks: int = 1
     pp: int = 1
     schedule: str = "1f1b"
     stages: str | None = None
@@ -52,7 +56,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         degrees = ("dp", "fsdp", "tp", "cp", "ep", "etp", "pp")
-        at_least(self, 1, *degrees)
+        at_least(self, 1, *degrees, "ep_local", "ep_chunks")
         if huge := [name for name in degrees if getattr(self, name) > MOST_RANKS]:
             raise ValueError(f"{huge[0]} is {getattr(self, huge[0])}; a mesh has at most {MOST_RANKS} ranks")
         if self.hsdp is not None:
@@ -73,6 +77,7 @@ class MeshConfig:
                 f"schedule={self.schedule} is for pipeline ranks, and pp is 1; leave schedule out, or give pp too"
             )
         self._check_stages()
+        self._check_experts()
         if not self.reshard and self.shard == 1:
             raise ValueError("reshard=false is about parameters that FSDP gathers, and fsdp is 1; leave it out")
         if self.world_size > MOST_RANKS:
@@ -101,6 +106,18 @@ class MeshConfig:
             raise ValueError(
                 f"stages={self.stages} says {len(sizes)} of them, and pp={self.pp} with schedule {self.schedule} has "
                 f"{self.num_stages}, {each} per rank; give {self.num_stages} numbers, or leave stages out"
+            )
+
+    def _check_experts(self) -> None:
+        for name in ("ep_local", "ep_chunks"):
+            if getattr(self, name) > 1 and self.expert_ranks == 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, and ep is 1: no rows travel; leave it out")
+        if self.ep_local > 1 and (self.expert_ranks % self.ep_local or self.ep_local == self.expert_ranks):
+            fits = [n for n in range(2, self.expert_ranks) if self.expert_ranks % n == 0]
+            near = min(fits, key=lambda n: abs(n - self.ep_local), default=None)
+            raise ValueError(
+                f"ep_local is {self.ep_local}, and ep x etp is {self.expert_ranks}: that many ranks cannot be spread "
+                f"over machines with {self.ep_local} each; {f'use {near}, or ' if near else ''}leave it out"
             )
 
     @property
@@ -185,6 +202,7 @@ class MeshConfig:
             sizes.insert(0, f"hsdp={self.hsdp}")
         if self.pp > 1:
             sizes.append(f"schedule={self.schedule}")
+        sizes += [f"{name}={getattr(self, name)}" for name in ("ep_local", "ep_chunks") if getattr(self, name) > 1]
         if self.stages is not None:
             sizes.append(f"stages={self.stages}")
         if self.context != "ulysses":
@@ -232,7 +250,8 @@ class Mesh:
     experts would wait for ever for one that has some.
 
     tp, cp, pp: as named. ep: ranks that share experts, those of one expert's width side by side. data: ranks whose
-    gradients of dense parameters add up (replicate x shard x cp). expert_data: the same for experts. sequence: ranks
+    gradients of dense parameters add up (replicate x shard x cp). near_experts, far_experts: those of ep on this
+    machine, and those in the same place on others. expert_data: the same for experts. sequence: ranks
     that share the sequence (cp x tp). stage: all of one pipeline stage. fsdp_mesh, expert_fsdp_mesh: over which FSDP
     shards, None without fsdp.
     """
@@ -258,6 +277,10 @@ class Mesh:
         self.stage = self._ranks(dense, (1, 2, 3, 4))
         self.ep = self._ranks(expert, (2,))
         self.expert_data = self._ranks(expert, (1,))
+        machines = (pp, config.stage_size // own, own // config.ep_local, config.ep_local)
+        two_level = config.ep_local > 1
+        self.near_experts = self._ranks(machines, (3,)) if two_level else Ranks()
+        self.far_experts = self._ranks(machines, (2,)) if two_level else Ranks()
         self.fsdp_mesh: DeviceMesh | None = None
         self.expert_fsdp_mesh: DeviceMesh | None = None
         if shard > 1:

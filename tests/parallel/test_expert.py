@@ -13,14 +13,17 @@ from models.config import LMConfig
 from models.ffn import experts
 from models.ffn.moe_plus_plus import MoEPlusPlusConfig
 from models.kernels.grouped_mm import grouped_mm
-from parallel import check, expert
-from parallel.collectives import all_to_all
+from parallel import check
 from parallel.engine import Engine
-from parallel.mesh import Mesh, MeshConfig, Ranks
+from parallel.exchange import Direct, TwoLevel
+from parallel.expert import SpreadDispatch, dispatch
+from parallel.in_flight import Flight
+from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
-from tests.contract.tiny import build
+from tests.contract.tiny import HYBRID, build
 
 SETTINGS = check.Settings(length=16, packed=False)  # without padding, whose picks no statistic counts
+LAUNCH = Flight.forth
 PRODUCTS, WAYS = 3, 2  # a row's, and those of the exchanges: to its expert and back
 
 
@@ -31,10 +34,9 @@ class Rows:
     sent: int = 0
     multiplied: int = 0
 
-    def exchange(self, x: Tensor, receive: list[int], send: list[int], ranks: Ranks) -> Tensor:
-        assert sum(send) == len(x)
+    def launch(self, flight: Flight, x: Tensor) -> None:
         self.sent += len(x)
-        return all_to_all(x, receive, send, ranks)
+        LAUNCH(flight, x)
 
     def product(self, a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
         self.multiplied += len(a_MK)
@@ -48,14 +50,14 @@ def step(plain: dict[str, Any], mesh_config: MeshConfig) -> tuple[Rows, dict[str
     batch = check.share(check.make_batch(config, mesh_config, SETTINGS), count, mesh.data_rank, mesh.data_size)
     engine = Engine(config, mesh, seed=0, dtype=torch.float64)
     engine.load_full_state(check.shaken(engine.full_state(), 0))
-    exchanged = mock.patch.object(expert, "all_to_all", rows.exchange)
+    exchanged = mock.patch.object(Flight, "forth", lambda flight, x: rows.launch(flight, x))
     with exchanged, mock.patch.object(experts, "grouped_mm", rows.product):
         out = engine.step_gradients(batch, count)
     return rows, out.stats
 
 
 @pytest.mark.parametrize("capacity", [None, 0.8])
-@pytest.mark.parametrize("mesh", ["dp=2,ep=2", "tp=2,ep=2"])
+@pytest.mark.parametrize("mesh", ["dp=2,ep=2", "tp=2,ep=2", "dp=2,ep=2,ep_chunks=3"])
 def test_only_picks_of_ffn_experts_travel(mesh: str, capacity: float | None, pool: Pool) -> None:
     ffn = MoEPlusPlusConfig(4, 8, tau=0.5, capacity_factor=capacity)
     config, mesh_config = build(ffn=to_plain(ffn)), MeshConfig.parse(mesh)
@@ -71,3 +73,121 @@ def test_only_picks_of_ffn_experts_travel(mesh: str, capacity: float | None, poo
     assert 0 < kept < 0.8 * tokens * ffn.top_k * len(config.expanded)
     assert sum(rows.sent for rows, _ in found) == WAYS * kept
     assert sum(rows.multiplied for rows, _ in found) == PRODUCTS * kept
+
+
+def routed(seed: int) -> list[Tensor]:
+    """What two ways of exchange bring to this rank and back, and their gradients; some ranks have no rows."""
+    mesh = Mesh(MeshConfig(dp=8, ep=8, ep_local=2))
+    generator = torch.Generator().manual_seed(10 * seed + mesh.rank)
+    rows = int(torch.randint(0, 12, (), generator=generator)) * (mesh.rank % 3 > 0)
+    expert_M = torch.randint(0, 24, (rows,), generator=generator)
+    found = []
+    for exchange in (Direct(mesh.ep), TwoLevel(mesh.near_experts, mesh.far_experts)):
+        x_MD = torch.randn(rows, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(mesh.rank))
+        x_MD.requires_grad_()
+        spread = SpreadDispatch(exchange, 1 + seed)
+        y_MD = spread(x_MD, expert_M, Scaled(3, mesh.rank))
+        y_MD.sum().backward()
+        assert x_MD.grad is not None
+        expected = x_MD * (1 + expert_M[:, None])
+        assert torch.equal(y_MD, expected) and torch.equal(x_MD.grad, (1 + expert_M[:, None]).expand_as(x_MD).double())
+        found.append(y_MD.detach())
+    return found
+
+
+class Scaled:
+    """Experts that multiply by one more than their number."""
+
+    def __init__(self, num_local: int, rank: int) -> None:
+        self.num_local, self.first = num_local, num_local * rank
+
+    def __call__(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
+        number_M = torch.arange(self.first, self.first + self.num_local).repeat_interleave(counts_E)
+        return x_MD * (1 + number_M[:, None])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_two_levels_bring_the_same_rows(seed: int, pool: Pool) -> None:
+    for direct, two_level in pool.run(routed, 8, seed):
+        assert torch.equal(direct, two_level)
+
+
+def legs(mesh_config: MeshConfig) -> list[int]:
+    """Ranks of each leg of a route."""
+    mesh = Mesh(mesh_config)
+    return [leg.ranks.size for leg in dispatch(mesh).exchange.route(torch.arange(8), 8 // mesh.ep.size).legs]
+
+
+def test_a_machine_collects_first(pool: Pool) -> None:
+    assert pool.run(legs, 8, MeshConfig(dp=8, ep=8, ep_local=4)) == [[4, 2]] * 8
+    assert pool.run(legs, 4, MeshConfig(dp=4, ep=4)) == [[4]] * 4
+
+
+def order(mesh_config: MeshConfig) -> list[str]:
+    """What begins and ends in a forward and a backward pass: collectives, and the computing of experts."""
+    mesh, seen = Mesh(mesh_config), list[str]()
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            seen.append("compute")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            seen.append("compute")
+            return grad.clone()
+
+    class Experts(Scaled):
+        def __call__(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
+            return Noted.apply(super().__call__(x_MD, counts_E))
+
+    honest = Flight._launch, Flight.land
+    launched = mock.patch.object(Flight, "_launch", lambda f, *args: (seen.append("launch"), honest[0](f, *args))[1])
+    landed = mock.patch.object(Flight, "land", lambda f: (seen.append("wait"), honest[1](f))[1])
+    with launched, landed:
+        y_MD = dispatch(mesh)(torch.ones(8, 3, requires_grad=True), torch.arange(8), Experts(4, mesh.rank))
+        y_MD.sum().backward()
+    return seen
+
+
+def test_experts_compute_while_rows_are_under_way(pool: Pool) -> None:
+    """Forward and backward: whenever an expert computes, the other piece's rows are under way."""
+    for seen in pool.run(order, 2, MeshConfig(dp=2, ep=2, ep_chunks=2)):
+        under_way = 0
+        while_computing = []
+        for what in seen:
+            under_way += {"launch": 1, "wait": -1, "compute": 0}[what]
+            if what == "compute":
+                while_computing.append(under_way)
+        assert while_computing == [1, 1, 1, 1] and under_way == 0, seen
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ("ep=4,ep_local=3", "ep_local is 3, and ep x etp is 4: .* use 2, or leave it out"),
+        ("ep=4,ep_local=4", "use 2, or leave it out"),
+        ("ep=2,ep_local=2", "with 2 each; leave it out"),
+        ("dp=2,ep_chunks=2", "ep_chunks is 2, and ep is 1: no rows travel; leave it out"),
+        ("ep=2,ep_chunks=0", "ep_chunks"),
+    ],
+)
+def test_ways_that_cannot_be(mesh: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        MeshConfig.parse(mesh)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "ep=4,ep_local=2",
+        "ep=2,ep_chunks=2",
+        "fsdp=4,ep=2,etp=2,ep_local=2,ep_chunks=3",
+        "tp=2,ep=4,ep_local=2,ep_chunks=2",
+        "ep=4,ep_local=2,ep_chunks=2,pp=2,schedule=zbv",
+    ],
+)
+def test_every_way_equals_one_process(mesh: str, pool: Pool) -> None:
+    report = check.run(build(**HYBRID), MeshConfig.parse(mesh), None, pool, timeout=120)
+    assert report.ok, report.wrong[:10]
