@@ -28,7 +28,7 @@ class Output(NamedTuple):
 
     loss: this rank's share of the sum over tokens of all losses (with targets). token_loss: the cross-entropy part,
     detached. count: this rank's valid targets. losses, stats: detached sums by name. logits: without targets.
-    state: when the head lies on a later stage. cache: by layer, when decoding.
+    state: when the head lies on a later stage. cache: by layer, of those that are present, when decoding.
     """
 
     loss: Tensor | None = None
@@ -175,7 +175,7 @@ class LM(nn.Module):
                 caches[name] = extras.cache
         if self.head is None or self.norm is None or self.closer is None:
             entries = entries if total is None else {**entries, LOSSES.name: total}
-            return Output(losses=losses, stats=stats, state=entries)
+            return Output(losses=losses, stats=stats, state=entries, cache=caches)
         h_BTD = self.norm(self.closer(entries))
         if self.logits_gain != 1:
             h_BTD = h_BTD * self.logits_gain

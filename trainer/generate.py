@@ -5,13 +5,14 @@ Shape suffixes: B prompts, T tokens of the longest prompt, V vocabulary.
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from models.decoding import check_generates
-from models.lm import LM
+from models.lm import LM, Output
 from models.params import upcast
 
 
@@ -28,16 +29,21 @@ class Decoder(Protocol):
 
 
 class OwnDecoder:
-    """Raises ValueError when the model is not whole, or a plug-in of it cannot generate."""
+    """run: called as `LM.forward` is, on `device`."""
 
-    def __init__(self, model: LM) -> None:
+    def __init__(self, run: Callable[..., Output], device: torch.device | str) -> None:
+        self._run, self._device = run, device
+        self._cache: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, model: LM) -> "OwnDecoder":
+        """Raises ValueError when the model is not whole, or a plug-in of it cannot generate."""
         check_generates(model.config)
         if model.embed is None or model.head is None:
             raise ValueError(
-                "the model is one stage of a pipeline, and generation needs all of it; load it on one process"
+                "the model is one stage of a pipeline, and generation needs all of them; give --mesh with pp"
             )
-        self._model, self._device = model, next(model.parameters()).device
-        self._cache: dict[str, Any] | None = None
+        return cls(model, next(model.parameters()).device)
 
     def start(self, prompts: list[list[int]]) -> Tensor:
         """Shorter prompts are padded behind their tokens."""
@@ -45,26 +51,30 @@ class OwnDecoder:
         length_B = self._position_B = torch.tensor(lengths, device=self._device)
         padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
         index_BT = torch.arange(max(lengths), device=self._device).expand(len(prompts), -1)
-        out = self._model(
+        out = self._run(
             torch.tensor(padded, device=self._device),
             documents_BT=torch.where(index_BT < length_B[:, None], 0, -1) if len(set(lengths)) > 1 else None,
             positions_BT=index_BT,
             cache={},
             keep_BK=length_B[:, None] - 1,
         )
-        self._cache = out.cache
-        return out.logits[:, 0]
+        return self._logits(out)[:, 0]
 
     def advance(self, token_B: Tensor) -> Tensor:
-        out = self._model(token_B[:, None], positions_BT=self._position_B[:, None], cache=self._cache)
-        self._cache, self._position_B = out.cache, self._position_B + 1
-        return out.logits[:, -1]
+        out = self._run(token_B[:, None], positions_BT=self._position_B[:, None], cache=self._cache)
+        self._position_B = self._position_B + 1
+        return self._logits(out)[:, -1]
+
+    def _logits(self, out: Output) -> Tensor:
+        self._cache = out.cache
+        assert out.logits is not None
+        return out.logits
 
 
 @torch.no_grad()
 def generate(model: LM, prompts: list[list[int]], max_new_tokens: int, **settings: Any) -> list[list[int]]:
     """`decode` with a model of ours; the settings are those."""
-    decoder, was_training = OwnDecoder(model), model.training
+    decoder, was_training = OwnDecoder.of(model), model.training
     model.eval()
     try:
         return decode(decoder, prompts, max_new_tokens, **settings)

@@ -1,6 +1,9 @@
 """Text from a run, one of its checkpoints and its exports."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +88,29 @@ def test_generation_refuses(capsys: pytest.CaptureFixture[str], made: Made, tmp_
     file.write_text("a\n")
     assert said("--prompts", str(file)).startswith(f"{file}, line 1: no JSON (")
     assert said("Hi", "--tokenizer", str(file)).startswith(f"the tokenizer {file} is not a SentencePiece model")
+
+
+def test_a_pipeline_writes_what_one_process_writes(made: Made) -> None:
+    """Prompts that look like options too; each once, by one process of those that are started."""
+    command = [sys.executable, "-m", "launch.cli", "generate", made.models["run"], "--max-new-tokens=6", "--json"]
+    prompts = ["--", "the warp", "--reed"]
+    found = [
+        subprocess.run([*command, *mesh, *prompts], capture_output=True, text=True, timeout=120, check=True).stdout
+        for mesh in ([], ["--mesh=pp=2"])
+    ]
+    assert found[0] == found[1] and len(found[0].splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "said"),
+    [
+        ("run", "tp=2", "--mesh tp=2 has other ranks than a pipeline's, .*; give pp=2, or leave --mesh out"),
+        ("run", "pp=2,fsdp=2", "give pp=2 alone, or leave --mesh out"),
+        ("run", "pp=8", "pp=8 makes 8 stages and the number of layers is"),
+        ("native", "pp=2", "is an export, which runs on one process"),
+    ],
+)
+def test_meshes_that_cannot_write(
+    capsys: pytest.CaptureFixture[str], made: Made, model: str, mesh: str, said: str
+) -> None:
+    assert re.search(said, refused(capsys, "generate", made.models[model], "text", f"--mesh={mesh}"))
