@@ -24,10 +24,12 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters, RendezvousStoreInfo
 
 from launch.command import UnfinishedError
+from launch.deaths import Attempt
 from launch.group import Group
 from launch.local import environment
-from trainer.process import AGENT, PEER_LOST
+from trainer.process import AGENT
 from trainer.signals import Stop
+from trainer.watch import PEER_LOST
 
 # What the processes of a run take as "save and end". Ctrl-C and the end of a terminal session come to the agent alone.
 ASKS = MappingProxyType(
@@ -38,6 +40,8 @@ ASKS = MappingProxyType(
         signal.SIGHUP: signal.SIGTERM,
     }
 )
+# Seconds that processes get to say that another one failed, and to end.
+PART = 6.0
 # torchrun's names for the signals that end everything at once.
 ENDS, SAVING_ENDS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT", "SIGQUIT"
 
@@ -68,6 +72,7 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec, DefaultLogsSpecs())
         self._server: TCPStore | None = None
+        self.attempt: Attempt | None = None
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:  # type: ignore[override]
         super()._rendezvous(worker_group)  # type: ignore[call-arg]
@@ -81,6 +86,48 @@ class Agent(LocalElasticAgent):
         # torch declares both as None.
         worker_group.master_addr = found.master_addr  # type: ignore[assignment]
         worker_group.master_port = found.master_port  # type: ignore[assignment]
+        before = worker_group.spec.max_restarts - self._remaining_restarts
+        self.attempt = Attempt(found.master_addr, found.master_port, before)
+
+    # torch's own have no types.
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # type: ignore[override]
+        # torch's, once a process has failed, ends the others at once, before they can say what they know.
+        failed = self._failed(worker_group)
+        if failed and self.attempt is not None:
+            self.attempt.tell({rank: name for rank, name in failed.items() if name})
+            self._let_part()
+        return super()._monitor_workers(worker_group)  # type: ignore[call-arg]
+
+    def _failed(self, worker_group: WorkerGroup) -> dict[int, str]:
+        """The processes that have failed, each with the signal that ended it, if one did; torch waits for them."""
+        found = {}
+        for local_rank, pid in self._pcontext.pids().items() if self._pcontext else ():
+            with contextlib.suppress(ChildProcessError):
+                end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if end is not None and end.si_status:
+                    name = "" if end.si_code == os.CLD_EXITED else signal.Signals(end.si_status).name
+                    found[worker_group.workers[local_rank].global_rank] = name
+        return found
+
+    def _let_part(self) -> None:
+        """Give the processes that are left a moment to end by themselves, where they watch over one another."""
+        assert self._pcontext is not None and self.attempt is not None
+        pids, deadline = set(self._pcontext.pids().values()), time.monotonic() + PART
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                # One that is stopped cannot end.
+                os.kill(pid, signal.SIGCONT)
+        watched = self.attempt.watched()
+        while watched and time.monotonic() < deadline and any(map(lives, pids)):
+            time.sleep(0.1)
+
+
+def lives(pid: int) -> bool:
+    """Whether a child has not ended yet."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 class SavingAgent(Agent):
@@ -182,7 +229,7 @@ def prepare(group: Group) -> None:
     log.propagate = False
 
 
-def outcome(agent: LocalElasticAgent) -> int:
+def outcome(agent: Agent) -> int:
     """Run the agent to its end; the exit code is that of the process that failed first by itself.
 
     Raises SignalException, and UnfinishedError where the machines did not find one another.
@@ -201,7 +248,10 @@ def outcome(agent: LocalElasticAgent) -> int:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = "; the system does that where memory runs out" if name == "SIGKILL" else ""
-        print(f"weft: rank {rank} was ended by {name}{hint}", file=sys.stderr)
+        attempt = agent.attempt
+        if attempt is None or not attempt.said():
+            seen = attempt.last_seen(rank) if attempt else ""
+            print(f"weft: rank {rank} was ended by {name}{seen}{hint}", file=sys.stderr)
         return 128 - failure.exitcode
     # The process itself has said what these are.
     if failure.exitcode not in (2, PEER_LOST):

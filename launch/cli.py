@@ -54,6 +54,16 @@ def dispatch(prog: str, known: Commands, arguments: Sequence[str]) -> int:
     return command.run(parser.parse_intermixed_args(rest))
 
 
+def said_elsewhere(text: str) -> bool:
+    """Whether this is a process of several, and rank 0 says the same."""
+    if "RANK" not in os.environ:
+        return False
+    # It takes seconds to import torch, which most refusals do without.
+    from trainer.refusals import said_by_main
+
+    return said_by_main(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `weft` with these arguments (default: the process's) and return the exit code."""
     try:
@@ -65,9 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, UnfinishedError) as error:
         if os.environ.get("WEFT_TRACEBACK") == "1":
             traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
+        rank, text = os.environ.get("RANK", "0"), sentence(error)
         who = "weft" if rank == "0" else f"weft (rank {rank})"
-        print(f"{who}: {sentence(error)}", file=sys.stderr)
+        if not said_elsewhere(text):
+            print(f"{who}: {text}", file=sys.stderr)
         return 3 if isinstance(error, UnfinishedError) else 2
     except KeyboardInterrupt:
         print("weft: interrupted", file=sys.stderr)

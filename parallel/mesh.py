@@ -7,6 +7,7 @@ stage are also numbered (expert data, ep, etp), etp fastest, so that they cost n
 import dataclasses
 import difflib
 import math
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -151,6 +152,13 @@ class MeshConfig:
     def world_size(self) -> int:
         return self.pp * self.stage_size
 
+    def refuse_world(self, started: int) -> None:
+        """Raise ValueError where another number of processes was started."""
+        if started != self.world_size:
+            raise ValueError(
+                f"the mesh {self} takes {self.world_size} processes and {started} were started; start {self.world_size}"
+            )
+
     @property
     def sequence_multiple(self) -> int:
         """What the length of a sequence is filled up to a multiple of: a ring's ranks have two stretches each."""
@@ -238,9 +246,9 @@ class Ranks:
         return x
 
 
-def subgroup(rows: list[list[int]]) -> dist.ProcessGroup:
+def subgroup(rows: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup:
     """This rank's group among `rows`, which all ranks make together."""
-    group, _ = dist.new_subgroups_by_enumeration(rows)
+    group, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
@@ -253,17 +261,12 @@ class Mesh:
     gradients of dense parameters add up (replicate x shard x cp). near_experts, far_experts: those of ep on this
     machine, and those in the same place on others. expert_data: the same for experts. sequence: ranks
     that share the sequence (cp x tp). stage: all of one pipeline stage. fsdp_mesh, expert_fsdp_mesh: over which FSDP
-    shards, None without fsdp.
+    shards, None without fsdp. timeout: of whatever ranks do together, torch's own if None.
     """
 
-    def __init__(self, config: MeshConfig, device: str = "cpu") -> None:
-        self.config, self.device, self.etp = config, device, config.etp
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if world != config.world_size:
-            raise ValueError(
-                f"the mesh {config} takes {config.world_size} processes and {world} were started; "
-                f"start {config.world_size}"
-            )
+    def __init__(self, config: MeshConfig, device: str = "cpu", timeout: timedelta | None = None) -> None:
+        self.config, self.device, self.etp, self.timeout = config, device, config.etp, timeout
+        config.refuse_world(dist.get_world_size() if dist.is_initialized() else 1)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         pp, replicate, shard, cp, tp = config.pp, config.replicate, config.shard, config.cp, config.tp
         dense = (pp, replicate, shard, cp, tp)
@@ -309,7 +312,7 @@ class Mesh:
         rest = [dim for dim in range(len(shape)) if dim not in dims]
         rows = ranks.permute(*rest, *dims).reshape(-1, size).tolist()
         row = next(row for row in rows if self.rank in row)
-        return Ranks(size, row.index(self.rank), subgroup(rows))
+        return Ranks(size, row.index(self.rank), subgroup(rows, self.timeout))
 
     def pipeline_ranks(self, stages: list[int]) -> Ranks:
         """The pipeline ranks `stages` among those that differ from this rank in pp only.
@@ -321,7 +324,7 @@ class Mesh:
         ranks = torch.arange(self.config.world_size).view(self.config.pp, -1)[stages].T.tolist()
         mine = None
         for row in ranks:
-            group = dist.new_group(row)
+            group = dist.new_group(row, timeout=self.timeout)
             if self.rank in row:
                 assert isinstance(group, dist.ProcessGroup)
                 mine = Ranks(len(row), row.index(self.rank), group)
@@ -343,4 +346,4 @@ class Mesh:
         """A real group even for one rank, which DeviceMesh needs."""
         if ranks.group is not None:
             return ranks.group
-        return subgroup([[rank] for rank in range(dist.get_world_size())])
+        return subgroup([[rank] for rank in range(dist.get_world_size())], self.timeout)

@@ -18,6 +18,8 @@ from trainer.optim.base import OptimConfig
 from trainer.profiling import ProfileConfig
 from trainer.schedule.base import ScheduleConfig, Span
 
+TIMEOUT = 600.0
+
 
 @dataclasses.dataclass(frozen=True)
 class OutputConfig:
@@ -120,7 +122,7 @@ class TrainConfig:
     optimiser's state in float32. compile: the layers, with torch.compile; the first step then
     takes longer. faults: what happens at a loss that is not finite. profile: some steps, null for none. check_replicas:
     every so many steps ranks compare what they should hold alike, bit for bit, and a run ends where they do not; 0 is
-    never.
+    never. timeout: seconds that a process waits for the others, in whatever they do together, before the run ends.
     """
 
     steps: int
@@ -137,9 +139,10 @@ class TrainConfig:
     faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
     profile: ProfileConfig | None = None
     check_replicas: int = 0
+    timeout: float = TIMEOUT
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "global_batch", "micro_batch", "eval_batches", "keep_checkpoints")
+        at_least(self, 1, "steps", "global_batch", "micro_batch", "eval_batches", "keep_checkpoints", "timeout")
         at_least(self, 0, "log_every", "eval_every", "save_every", "keep_every", "check_replicas")
 
 

@@ -108,7 +108,7 @@ def loss(engine: Engine, rows: Rows, config: RunConfig, limit: int | None, conso
 def write(engine: Engine, config: RunConfig, out: Path) -> None:
     """A folder with a checkpoint of step 0 and the config (a collective)."""
     mesh, about = engine.mesh, Checkpoint(RunState(), to_plain(config), {}, {}, str(engine.mesh.config))
-    group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    group = dist.new_group(backend="gloo", timeout=mesh.timeout) if dist.is_initialized() else None
     with contextlib.ExitStack() as stack:
         folder = on_main(mesh.is_main, lambda: stack.enter_context(staged(out)))
         pieces = {name: piece.on_host() for name, piece, owner in saved(engine, None) if owner}

@@ -24,6 +24,7 @@ from trainer.exported import Exported
 from trainer.process import build_engine, joined
 from trainer.progress import counting, say
 from trainer.resume import load, on_main
+from trainer.whereabouts import Whereabouts
 
 # Sequences at once of a model whose folder does not say.
 MICRO_BATCH = 8
@@ -129,7 +130,7 @@ def run(request: Request, mesh: str | None = None) -> Report:
     degrees = config.mesh if "WORLD_SIZE" in os.environ else MeshConfig()
     if mesh is not None:
         degrees = MeshConfig.parse(mesh)
-    with joined(degrees) as group:
+    with joined(degrees, config.train.timeout, Whereabouts("evaluation")) as group:
         vocab_size = config.model.vocab_size
         stream, tokenizer = request.stream(prefix, config.data.tokenizer, vocab_size, console, group.is_main)
         engine = build_engine(config, group)

@@ -26,6 +26,7 @@ from trainer.saver import Saver
 from trainer.signals import Stop
 from trainer.state import RunState
 from trainer.step import Stepper
+from trainer.whereabouts import Whereabouts
 
 # Said at once, because a step may take minutes.
 ANSWER = b"asked to stop: the run saves and ends after the step that it is in\n"
@@ -53,25 +54,29 @@ def train(
     launch: Launch | None = None,
     console: Console | None = None,
     stop: Stop | None = None,
+    where: Whereabouts | None = None,
 ) -> RunState:
     """Run, or resume, `config` on all ranks of `mesh`; returns where it ended.
 
     console: where rank 0 prints. stop: once any rank's is requested, all save and end, after the step that they are in.
+    where: is kept up to date.
     Raises ValueError for what does not fit together and for a folder that another run uses, FloatingPointError, on all
     ranks and before the weights are changed, at a loss or gradient that is not finite, and OSError where the last step
     could not be saved.
     """
     with contextlib.ExitStack() as stack:
         on_main(mesh.is_main, lambda: stack.enter_context(claimed(Path(config.run.dir))))
-        return run(config, mesh, launch or Launch(), console or Console(), stop or Stop())
+        return run(config, mesh, launch or Launch(), console or Console(), stop or Stop(), where or Whereabouts())
 
 
-def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: Stop) -> RunState:
+def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: Stop, where: Whereabouts) -> RunState:
     """The run itself, in a folder that is its own."""
     folder, size = Path(config.run.dir), config.train.global_batch
+    where.at("start-up, opening the data")
     data, held_out = samples(config), held_out_rows(config)
     refuse_vocabulary(config)
 
+    where.at("start-up, building the model")
     engine = build_engine(config, mesh, config.train.compile)
     optimizer = config.optim.build(engine)
     if launch.fresh:
@@ -80,11 +85,14 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
     def warn(sentence: str) -> None:
         say(console, f"warning: {sentence}")
 
+    where.at("start-up, looking for a checkpoint")
     origin = None
     resumed = resume(config, engine, optimizer, warn)
     if resumed is None:
         on_main(mesh.is_main, lambda: refuse_lost(folder))
         origin = start(config, engine, warn)
+    else:
+        where.saved(resumed.step)
     state = resumed or RunState()
     last = min(config.train.steps, launch.stop_after or config.train.steps)
     if state.step < last:
@@ -92,7 +100,7 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
 
     with (
         metrics.opened(folder, state.step, last, console if mesh.is_main else None) as log,
-        Saver(config, engine, optimizer, state.step if resumed else None, log.say) as saver,
+        Saver(config, engine, optimizer, state.step if resumed else None, log.say, where) as saver,
         profiled(config.train.profile, folder, mesh) as profile_step,
     ):
         log.say(opening(config, mesh, state, last, origin) if state.step < last else nothing_to_do(config, state, last))
@@ -102,7 +110,7 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
         if mesh.is_main:
             # A terminal's progress line stands where it would begin.
             stop.answer = b"\n" * console.is_terminal + ANSWER
-        stepper = Stepper(config, engine, optimizer, data, log.say)
+        stepper = Stepper(config, engine, optimizer, data, log.say, where)
         stopping = any(everyone(lambda: stop.requested))
         while state.step < last and not stopping:
             state, report, stopping = stepper.take(state, lambda: stop.requested)
@@ -111,15 +119,18 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
             else:
                 log.step(report, write=due(state.step, config.train.log_every) or state.step == last)
             if held_out is not None and due(state.step, config.train.eval_every):
+                where.at(f"step {state.step}, validation")
                 rows = config.train.eval_batches * size
                 result = evaluate(engine, held_out, config.train.micro_batch, rows)
                 log.record(state.step, {"valid/loss": result.loss, "valid/perplexity": result.perplexity})
                 log.say(f"step {state.step}, held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
+            where.at(f"step {state.step}, saving")
             saver.poll()
             if due(state.step, config.train.save_every):
                 saver.save(state)
             profile_step()
         stop.answer = b""
+        where.at(f"step {state.step}, saving at the end")
         saver.finish(state)
         if stopping:
             log.say(f"asked to stop: ended after step {state.step}; the same command again resumes")

@@ -3,30 +3,32 @@
 import contextlib
 import ctypes
 import os
-import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
+from configs.errors import sentence
 from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
 from trainer.allocator import keep_freed_memory
-from trainer.config import RunConfig
+from trainer.config import TIMEOUT, RunConfig
+from trainer.gathering import DIED, connect, of_attempt
+from trainer.verdict import named
+from trainer.watch import PEER_LOST, SaveLostError, Watch, lost_peer
+from trainer.whereabouts import SAVING, TRAINING, Whereabouts
 
 # The environment variable in which an agent leaves its process id.
 AGENT = "WEFT_AGENT"
 PR_SET_PDEATHSIG = 1
-# The exit code of a process that could not go on because another one of the run was gone.
-PEER_LOST = 4
-# What gloo and NCCL say then.
-GONE = re.compile("Connection reset by peer|Connection closed by peer|Broken pipe|remote process exited")
-# Seconds before such a process ends, in which the one that is the cause says why, and ends first.
-GRACE = 2
+# Seconds in which all processes of a run must have started.
+START = 300.0
 
 
 def end_with_agent() -> None:
@@ -42,31 +44,22 @@ def end_with_agent() -> None:
         raise RuntimeError(f"the agent {agent} that started this process is gone")
 
 
-def lost_peer(error: BaseException | None) -> bool:
-    """Whether torch raised this, or what led to it, because another process was gone."""
-    while error is not None:
-        if isinstance(error, RuntimeError) and GONE.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 @contextlib.contextmanager
-def told_apart() -> Iterator[None]:
-    """End with one line and PEER_LOST where only a peer is gone, so that what is shown in full is the cause.
+def watched(where: Whereabouts, rank: int, world: int, timeout: float) -> Iterator[None]:
+    """End where other processes of the run are gone, or keep this one waiting for too long, with one sentence of all.
 
-    With WEFT_TRACEBACK=1 the traceback is shown too.
+    With WEFT_TRACEBACK=1 every process shows too where it lost them.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if not lost_peer(error):
-            raise
-        if os.environ.get("WEFT_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"weft: rank {dist.get_rank()} ends, because another process of the run is gone", file=sys.stderr)
-        time.sleep(GRACE)
-        raise SystemExit(PEER_LOST) from error
+    store = connect(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
+    with Watch(where, store, rank, world, timeout, os.environ.get("LOCAL_RANK", "0") == "0") as watch:
+        try:
+            yield
+        except RuntimeError as error:
+            if not lost_peer(error):
+                raise
+            if os.environ.get("WEFT_TRACEBACK") == "1":
+                traceback.print_exc()
+            watch.end(error, SAVING if isinstance(error, SaveLostError) else TRAINING)
 
 
 def device_type() -> str:
@@ -75,8 +68,13 @@ def device_type() -> str:
 
 
 @contextlib.contextmanager
-def joined(config: MeshConfig) -> Iterator[Mesh]:
-    """This process's place in the mesh. NCCL connects GPUs and gloo CPUs; a process started alone needs neither."""
+def joined(config: MeshConfig, timeout: float = TIMEOUT, where: Whereabouts | None = None) -> Iterator[Mesh]:
+    """This process's place in the mesh. NCCL connects GPUs and gloo CPUs; a process started alone needs neither.
+
+    timeout: seconds that a process waits for others. Raises ValueError for a number of processes that is not the
+    mesh's, before they look for one another. Where they do not find one another, or lose one another later, it ends the
+    process with PEER_LOST.
+    """
     device = device_type()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -85,13 +83,48 @@ def joined(config: MeshConfig) -> Iterator[Mesh]:
     if "WORLD_SIZE" not in os.environ:
         yield Mesh(config, device)
         return
+    config.refuse_world(int(os.environ["WORLD_SIZE"]))
     end_with_agent()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    rank, world = int(os.environ["RANK"]), config.world_size
+    limit = timedelta(seconds=timeout)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     try:
-        with told_apart():
-            yield Mesh(config, device)
+        store = meet(rank, world, max(timeout, START))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except RuntimeError as error:
+        if os.environ.get("WEFT_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"weft: rank {rank} ends: {sentence(error)}", file=sys.stderr)
+        raise SystemExit(PEER_LOST) from error
+    try:
+        with watched(where or Whereabouts(), rank, world, timeout):
+            yield Mesh(config, device, limit)
     finally:
         dist.destroy_process_group()
+
+
+def meet(rank: int, world: int, seconds: float) -> Store:
+    """The store of the run, once all its processes are there. They import and read the config at different speeds.
+
+    Raises RuntimeError where they are not within `seconds`, and SystemExit where a launcher, which says so, has seen
+    one die.
+    """
+    store, *_ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=seconds)))
+    own = of_attempt(store)
+    own.set(f"here/{rank}", "")
+    own.add("here", 1)
+    deadline = time.monotonic() + seconds
+    while own.add("here", 0) < world:
+        if own.check([DIED]):
+            raise SystemExit(PEER_LOST)
+        if time.monotonic() > deadline:
+            missing = [other for other in range(world) if not own.check([f"here/{other}"])]
+            raise RuntimeError(
+                f"{named(missing)} did not come within {seconds:g} s; start all {world} processes at the same time, on "
+                "machines that reach one another"
+            )
+        time.sleep(0.1)
+    return store
 
 
 def build_engine(config: RunConfig, mesh: Mesh, compile: bool = False) -> Engine:

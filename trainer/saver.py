@@ -20,13 +20,16 @@ from trainer.checkpoint import FOLDER, Checkpoint, Keep
 from trainer.config import RunConfig
 from trainer.resume import saved
 from trainer.state import OptimizerState, RunState
+from trainer.watch import SaveLostError, lost_peer
+from trainer.whereabouts import SAVING, Whereabouts
 
 
 class Saver:
     """Use as a context manager on all ranks together; leaving it waits for the save in flight.
 
     newest: the step of the newest checkpoint that is whole, if there is one. say: is told what came of a save. One that
-    fails is a warning and no error: the older checkpoint is still there, and the next save is tried.
+    fails is a warning and no error: the older checkpoint is still there, and the next save is tried. But ranks that
+    lost one another in a save can save no more, and `save`, `poll`, `wait` and `finish` raise SaveLostError.
     """
 
     def __init__(
@@ -36,14 +39,17 @@ class Saver:
         optimizer: OptimizerState,
         newest: int | None,
         say: Callable[[str], object],
+        where: Whereabouts,
     ) -> None:
+        self._where = where
+        self._lost: Exception | None = None
         self._newest, self._say, self._failure, self._failed = newest, say, "", -1
         self._config, self._engine, self._optimizer = config, engine, optimizer
         self._folder = Path(config.run.dir) / FOLDER
         self._keep = Keep(config.train.keep_checkpoints, config.train.keep_every)
         # What is newer than the newest whole one was found damaged when that was looked for.
         self._damaged = {step for step in checkpoint.steps(self._folder) if newest is not None and step > newest}
-        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        group = dist.new_group(backend="gloo", timeout=engine.mesh.timeout) if dist.is_initialized() else None
         self._group = group if isinstance(group, dist.ProcessGroup) else None
         self._thread: threading.Thread | None = None
         self._said: list[str] = []
@@ -51,8 +57,10 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.wait()
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        # What waits for a lost rank need not be waited for; a save that is whole is published by itself.
+        if not lost_peer(error):
+            self.wait()
 
     def save(self, state: RunState) -> None:
         """Begin to save; waits for the save before, and returns once the weights may change (a collective)."""
@@ -93,13 +101,19 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._lost is not None:
+            raise SaveLostError("a save lost another process") from self._lost
 
     def _write(self, state: RunState, pieces: dict[str, Piece]) -> None:
         about = Checkpoint(state, to_plain(self._config), {}, {}, str(self._engine.mesh.config))
         path = self._folder / checkpoint.name_of(state.step)
+        self._where.at(f"step {state.step}, writing its checkpoint", SAVING)
         try:
             checkpoint.save(self._folder, about, pieces, self._group)
         except Exception as error:
+            if lost_peer(error):
+                self._lost = error
+                return
             self._failure, self._failed = sentence(error), state.step
             older = (
                 "there is no older one" if self._newest is None else f"the newest is still that of step {self._newest}"
@@ -107,6 +121,7 @@ class Saver:
             self._said.append(f"warning: the checkpoint of step {state.step} was not saved ({self._failure}); {older}")
             return
         self._newest = state.step
+        self._where.saved(state.step)
         self._damaged.discard(state.step)
         self._said.append(f"saved {path}")
         if self._engine.mesh.is_main:

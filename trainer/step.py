@@ -17,16 +17,23 @@ from trainer.metrics import StepMetrics, depth_used, dropped_picks, expert_loads
 from trainer.optim.base import Optimizer
 from trainer.peak import matmul_peak, peak_memory
 from trainer.state import RunState
+from trainer.whereabouts import Whereabouts
 
 
 class Stepper:
     """Takes the steps of a run, all of its ranks together."""
 
     def __init__(
-        self, config: RunConfig, engine: Engine, optimizer: Optimizer, data: Samples, warn: Callable[[str], None]
+        self,
+        config: RunConfig,
+        engine: Engine,
+        optimizer: Optimizer,
+        data: Samples,
+        warn: Callable[[str], None],
+        where: Whereabouts,
     ) -> None:
         self._config, self._engine, self._optimizer, self._data = config, engine, optimizer, data
-        self._warn, self._warned = warn, False
+        self._warn, self._warned, self._where = warn, False, where
         self._faults = Faults(config.train.faults, engine, Path(config.run.dir), warn)
         mesh = engine.mesh
         self._flops = cost(config.model, config.data.sequence_length).flops_per_token
@@ -39,13 +46,16 @@ class Stepper:
         to stop (a collective). Raises ValueError on all ranks where replicas are found to differ."""
         config, engine = self._config, self._engine
         mesh, size = engine.mesh, config.train.global_batch
+        self._where.at(f"step {state.step + 1}, loading data")
         began = time.perf_counter()
         batch = self._data.batch(state.samples, size, mesh.data_rank, mesh.data_size, config.train.micro_batch)
         batch = on_device(batch, mesh.device)
         waited = time.perf_counter() - began
+        self._where.at(f"step {state.step + 1}, gradients")
         out = engine.step_gradients(batch, config.micro_batches, asked)
         loss, norm = float(out.loss), float(total := engine.grad_norm())
         lr = config.optim.lr * config.schedule.factor(state.step, config.span)
+        self._where.at(f"step {state.step + 1}, update")
         good = self._faults.passed(state.step + 1, loss, norm, batch, state.samples, config.micro_batches)
         if good:
             if config.optim.clip is not None:

@@ -25,16 +25,20 @@ def run(args: argparse.Namespace, stop: Stop) -> int:
     from trainer.loop import Launch, train
     from trainer.preflight import load_run, refuse_data, refuse_machine
     from trainer.process import joined
+    from trainer.refusals import said_by_main
+    from trainer.whereabouts import Whereabouts
 
     try:
         config = load_run(args.config, args.overrides)
         refuse_machine(config)
         refuse_data(config)
-        with joined(config.mesh) as mesh:
-            train(config, mesh, Launch(args.stop_after, args.fresh), stop=stop)
+        where = Whereabouts()
+        with joined(config.mesh, config.train.timeout, where) as mesh:
+            train(config, mesh, Launch(args.stop_after, args.fresh), stop=stop, where=where)
     except (ValueError, OSError, FloatingPointError) as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {sentence(error)}", file=sys.stderr)
+        rank, text = os.environ.get("RANK", "0"), sentence(error)
+        if not said_by_main(text):
+            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {text}", file=sys.stderr)
         return 2
     return 0
 

@@ -31,8 +31,9 @@ def run(args: argparse.Namespace) -> int:
 
     from trainer.bench import bench
     from trainer.process import joined
+    from trainer.whereabouts import Whereabouts
 
-    with joined(config.mesh) as mesh:
+    with joined(config.mesh, config.train.timeout, Whereabouts("bench")) as mesh:
         found = bench(config, mesh, args.steps, args.warmup)
         if mesh.is_main and args.json:
             print(json.dumps(dataclasses.asdict(found)))

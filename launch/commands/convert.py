@@ -54,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
 
     from trainer.convert import convert
     from trainer.process import joined
+    from trainer.whereabouts import Whereabouts
 
     console = Console(stderr=True, quiet=not main, force_terminal=None if main else False)
-    with joined(planned.work.mesh) as joint:
+    work = planned.work
+    with joined(work.mesh, work.train.timeout, Whereabouts("conversion")) as joint:
         report = convert(
             planned,
             joint,

@@ -51,14 +51,16 @@ def start(args: argparse.Namespace, config: "RunConfig", group: "Group", stop: S
     """Train in this process, where it is one of the run's or the only one, otherwise in the processes of `group`."""
     from trainer.loop import Launch, train
     from trainer.process import joined
+    from trainer.whereabouts import Whereabouts
 
     launch = Launch(args.stop_after, args.fresh)
     if "WORLD_SIZE" not in os.environ and not group.alone:
         from launch import agent
 
         return agent.train(group, ["-m", "launch.cli", "train", args.config, *args.overrides, *options(args)], stop)
-    with joined(config.mesh) as mesh:
-        train(config, mesh, launch, stop=stop)
+    where = Whereabouts()
+    with joined(config.mesh, config.train.timeout, where) as mesh:
+        train(config, mesh, launch, stop=stop, where=where)
     return 0
 
 

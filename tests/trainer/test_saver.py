@@ -16,6 +16,7 @@ from trainer.loop import Launch
 from trainer.process import build_engine
 from trainer.saver import Saver
 from trainer.state import RunState
+from trainer.whereabouts import Whereabouts
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def saver_of(config: runs.RunConfig, said: list[str]) -> tuple[Engine, Saver]:
     engine = build_engine(config, Mesh.single())
-    return engine, Saver(config, engine, config.optim.build(engine), None, said.append)
+    return engine, Saver(config, engine, config.optim.build(engine), None, said.append, Whereabouts())
 
 
 class Gate:

@@ -1,0 +1,90 @@
+"""Hosts on one machine: network namespaces, each with a host name, at the ends of one cable. They take root, and `ip`."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from launch.local import ROOT, environment
+
+
+class Hosts:
+    """Two hosts, of which the first has the address 10.77.0.1. Names are unique, so that several tests have their own."""
+
+    def __init__(self) -> None:
+        tag = uuid.uuid4().hex[:8]
+        self.names = [f"weft-{tag}-{end}" for end in "ab"]
+        self.links = [f"wf{tag}{end}" for end in "ab"]
+        self.address = "10.77.0.1"
+
+    def make(self) -> None:
+        """Raises CalledProcessError where that is not allowed here."""
+        for name in self.names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        (a, b), (link_a, link_b) = self.names, self.links
+        ip("link", "add", link_a, "netns", a, "type", "veth", "peer", "name", link_b, "netns", b)
+        for host, (name, link) in enumerate(zip(self.names, self.links, strict=True), 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{host}/30", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+
+    def start(self, host: int, command: Sequence[str], out: IO[str]) -> subprocess.Popen[str]:
+        """Run a command on a host, which is called `a` or `b`."""
+        name = f'hostname {"ab"[host]} && exec "$@"'
+        where = ["ip", "netns", "exec", self.names[host], "unshare", "--uts", "sh", "-c", name, "sh"]
+        own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.links[host]}
+        return subprocess.Popen(
+            [*where, *command], env={**environment(os.environ), **own}, cwd=ROOT, stdout=out, stderr=out, text=True
+        )
+
+    def processes(self, host: int) -> list[int]:
+        return list(map(int, ip("netns", "pids", self.names[host]).split()))
+
+    def kill(self, host: int) -> None:
+        """End all processes of a host at once, as a loss of power does."""
+        for pid in self.processes(host):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+
+    def cut(self, host: int) -> None:
+        """Take the cable out: nobody is told."""
+        ip("-n", self.names[host], "link", "set", self.links[host], "down")
+
+    def mend(self, host: int) -> None:
+        ip("-n", self.names[host], "link", "set", self.links[host], "up")
+
+    def remove(self) -> None:
+        for host, name in enumerate(self.names):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self.kill(host)
+                ip("netns", "del", name)
+
+
+def ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30).stdout
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[Hosts]:
+    """Skips the test where there can be none."""
+    if (
+        os.geteuid()
+        or not all(map(shutil.which, ("ip", "unshare", "hostname")))
+        or not Path("/proc/self/ns/net").exists()
+    ):
+        pytest.skip("network namespaces take root and the tools ip, unshare and hostname")
+    hosts = Hosts()
+    try:
+        try:
+            hosts.make()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        yield hosts
+    finally:
+        hosts.remove()
