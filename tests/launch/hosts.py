@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces, each with a host name, at the ends of one cable. They take root, and `ip`."""
+"""Hosts on one machine: network namespaces, each with a name, at the ends of one cable. They take root, and `ip`."""
 
 import contextlib
 import os
@@ -13,20 +13,26 @@ import pytest
 
 from launch.local import ROOT, environment
 
+ETC = Path("/etc/netns")
+
 
 class Hosts:
-    """Two hosts, of which the first has the address 10.77.0.1. Names are unique, so that several tests have their own."""
+    """Two hosts, of which the first has the address 10.77.0.1. Names are unique: several tests may run at once."""
 
     def __init__(self) -> None:
         tag = uuid.uuid4().hex[:8]
         self.names = [f"weft-{tag}-{end}" for end in "ab"]
         self.links = [f"wf{tag}{end}" for end in "ab"]
         self.address = "10.77.0.1"
+        self._started: list[subprocess.Popen[str]] = []
 
     def make(self) -> None:
         """Raises CalledProcessError where that is not allowed here."""
         for name in self.names:
             ip("netns", "add", name)
+            # What stands there replaces the file in /etc. torchrun asks for the host's own name.
+            (ETC / name).mkdir(parents=True)
+            (ETC / name / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 a\n10.77.0.2 b\n")
             ip("-n", name, "link", "set", "lo", "up")
         (a, b), (link_a, link_b) = self.names, self.links
         ip("link", "add", link_a, "netns", a, "type", "veth", "peer", "name", link_b, "netns", b)
@@ -39,9 +45,11 @@ class Hosts:
         name = f'hostname {"ab"[host]} && exec "$@"'
         where = ["ip", "netns", "exec", self.names[host], "unshare", "--uts", "sh", "-c", name, "sh"]
         own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.links[host]}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*where, *command], env={**environment(os.environ), **own}, cwd=ROOT, stdout=out, stderr=out, text=True
         )
+        self._started.append(process)
+        return process
 
     def processes(self, host: int) -> list[int]:
         return list(map(int, ip("netns", "pids", self.names[host]).split()))
@@ -64,6 +72,10 @@ class Hosts:
             with contextlib.suppress(subprocess.CalledProcessError):
                 self.kill(host)
                 ip("netns", "del", name)
+            shutil.rmtree(ETC / name, ignore_errors=True)
+        for process in self._started:
+            process.kill()
+            process.wait(30)
 
 
 def ip(*words: str) -> str:

@@ -77,7 +77,7 @@ ALL = (
             ["train", CONFIG, "train.stesp=3"],
             "train.stesp: unknown key; did you mean steps? train takes steps, global_batch, micro_batch, log_every, "
             "eval_every, eval_batches, save_every, keep_checkpoints, keep_every, dtype, compile, faults, profile, "
-            "check_replicas",
+            "check_replicas, timeout",
         ),
         (
             ["train", CONFIG, "steps"],
