@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from parallel.mesh import MeshConfig
     from trainer.generate import check_sampling
     from trainer.process import joined
+    from trainer.whereabouts import Whereabouts
     from trainer.writer import prompts_of, refuse_writing, writer
 
     # Before the weights are read, which takes time.
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         refuse_writing(folder, mesh)
         return agent.work(Group(nproc=mesh.world_size), ["-m", "launch.cli", "generate", *words(args)])
     with contextlib.ExitStack() as stack:
-        group = stack.enter_context(joined(mesh)) if mesh.world_size > 1 else None
+        group = stack.enter_context(joined(mesh, where=Whereabouts("generation"))) if mesh.world_size > 1 else None
         write = writer(folder, args.tokenizer, args.trust_remote_code, group)
         for start in range(0, len(prompts), args.batch):
             some = prompts[start : start + args.batch]

@@ -103,8 +103,8 @@ ALL = (
         ),
         (
             ["check", CONFIG, "--mesh", "tpp=2"],
-            "mesh has no key 'tpp'; did you mean tp? the keys are dp, fsdp, hsdp, tp, cp, context, ep, etp, pp, "
-            "schedule, reshard",
+            "mesh has no key 'tpp'; did you mean tp? the keys are dp, fsdp, hsdp, tp, cp, context, ep, etp, ep_local, "
+            "ep_chunks, pp, schedule, stages, reshard",
         ),
         (
             ["plugins", "mxer"],
