@@ -22,11 +22,11 @@ from models.memory.base import MemoryConfig
 from models.memory.none import NoneConfig
 from parallel import context, data, expert, gradients, pipeline, tensor
 from parallel.compiled import compile_layers, refuse_schedule
-from parallel.gradients import Held
+from parallel.holdings import Holdings
 from parallel.mesh import Mesh, Ranks
 from parallel.precision import ComputeCopies, master
 from parallel.preflight import refuse, refuse_memory
-from parallel.shards import cut_parameters, fill, shards, whole, write
+from parallel.shards import cut_parameters, fill
 
 
 @dataclasses.dataclass
@@ -77,7 +77,7 @@ def pad(batch: Batch, multiple: int) -> Batch:
     )
 
 
-class Engine:
+class Engine(Holdings):
     """dtype: of the computation; weights and gradients are kept in float32, or in float64 if it is that.
     compile: the layers, with torch.compile. memory: what of their forward pass is kept, all by default. sequence: about
     how many tokens one has, by which the cost of a pipeline's layers is weighed.
@@ -139,11 +139,6 @@ class Engine:
         copied = {name: sorted(set(ranks)) for name, ranks in sorted(holders.items()) if len(ranks) > 1}
         return {name: self.mesh.pipeline_ranks(ranks) for name, ranks in copied.items()}
 
-    def held(self) -> Iterator[Held]:
-        for model in self.models:
-            for module, attribute, piece in shards(model, self.mesh):
-                yield Held(getattr(module, attribute), piece)
-
     def step_gradients(self, batch: Batch, micro_batches: int, vote: Callable[[], bool] = lambda: False) -> StepOutput:
         """Zero the gradients, run forward and backward over this data rank's batch, and complete them.
 
@@ -155,16 +150,24 @@ class Engine:
             raise ValueError(f"{sequences} sequences per data rank do not divide into {micro_batches} micro-batches")
         if self.stages:
             pipeline.refuse(self.mesh.config, len(self.config.expanded), micro_batches)
-        for held in self.held():
-            held.parameter.grad = None
+        self.clear_gradients()
         batch = pad(batch, self.mesh.config.sequence_multiple)
         tokens = int(self._sum_over_data((batch.targets != IGNORE).sum()))
         scale = 1.0 / max(tokens, 1)
         run = self._pipelined if self.stages else self._local
         with self._computing():
             record = run(batch, micro_batches, scale)
-        gradients.reduce(self.held(), self.mesh, self.shared)
+        self.complete_gradients()
         return self._output(record, tokens, vote)
+
+    def clear_gradients(self) -> None:
+        """Forget those of the step before, whether or not they were used."""
+        for held in self.held():
+            held.parameter.grad = None
+
+    def complete_gradients(self) -> None:
+        """Sum what the ranks' micro-batches added up."""
+        gradients.reduce(self.held(), self.mesh, self.shared)
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
@@ -187,17 +190,22 @@ class Engine:
         return pipeline.forward(self.models[0], side)
 
     def _local(self, batch: Batch, micro_batches: int, scale: float) -> pipeline.Record:
-        model, record = self.models[0], pipeline.Record()
+        record = pipeline.Record()
         chunks = {name: x.chunk(micro_batches) for name, x in batch.side().items()}
         for index in range(micro_batches):
-            if isinstance(model, FSDPModule):
-                model.set_requires_gradient_sync(index == micro_batches - 1)
             side = {name: parts[index] for name, parts in chunks.items()}
-            out = self.forward(side)
-            assert out.loss is not None
-            (out.loss * scale).backward()
-            record.add(out)
+            record.add(self.both_passes(side, scale, last=index == micro_batches - 1))
         return record
+
+    def both_passes(self, side: dict[str, Tensor], scale: float, last: bool) -> Output:
+        """Forward and backward of one micro-batch without a pipeline. scale: of the loss. last: of the step."""
+        model = self.models[0]
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        out = self.forward(side)
+        assert out.loss is not None
+        (out.loss * scale).backward()
+        return out
 
     def _pipelined(self, batch: Batch, micro_batches: int, scale: float) -> pipeline.Record:
         sequences, length = batch.tokens.shape
@@ -271,35 +279,3 @@ class Engine:
         if dist.is_initialized():
             dist.all_reduce(sums)
         return float(sums[0]), int(sums[1])
-
-    def whole_tensors(self, pick) -> dict[str, Tensor]:
-        """`pick(held)` of every parameter of this rank's stages, whole, by global name (a collective)."""
-        return {h.shard.name: whole(pick(h), h.shard, self.mesh) for h in self.held() if not h.shard.copy}
-
-    def gather(self, pick) -> dict[str, Tensor]:
-        """`pick(held)` of every parameter of the model, whole, on the CPU of every rank (a collective)."""
-        return self._over_stages(self.whole_tensors(pick))
-
-    def full_state(self) -> dict[str, Tensor]:
-        """Every parameter and buffer of the model, whole, on the CPU of every rank (a collective)."""
-        state = self.whole_tensors(lambda held: held.parameter)
-        for model in self.models:
-            state |= {model.owners.get(name, name): buffer.clone() for name, buffer in model.named_buffers()}
-        return self._over_stages(state)
-
-    def _over_stages(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = {name: value.detach().cpu() for name, value in state.items()}
-        if self.mesh.pp.size > 1:
-            everyone: list[dict[str, Tensor] | None] = [None] * self.mesh.pp.size
-            dist.all_gather_object(everyone, state, group=self.mesh.pp.group)
-            state = {name: value for theirs in everyone for name, value in (theirs or {}).items()}
-        return state
-
-    @torch.no_grad()
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Fill every parameter and buffer from whole tensors; every name must be there."""
-        for held in self.held():
-            write(held.parameter, held.shard, state[held.shard.name])
-        for model in self.models:
-            for name, buffer in model.named_buffers():
-                buffer.copy_(state[model.owners.get(name, name)])

@@ -105,10 +105,15 @@ def norm(parameters: Iterable[Held], mesh: Mesh) -> Tensor:
     return total.sqrt()
 
 
+def clip_factor(max_norm: float, global_norm: Tensor) -> float:
+    """What gradients of this norm are multiplied by, 1 or less, so that it is at most max_norm."""
+    return float((max_norm / (global_norm + 1e-6)).clamp(max=1.0))
+
+
 @torch.no_grad()
 def clip(parameters: Iterable[Held], max_norm: float, global_norm: Tensor) -> None:
     """Scale all gradients so that the global norm is at most max_norm."""
-    factor = float((max_norm / (global_norm + 1e-6)).clamp(max=1.0))
+    factor = clip_factor(max_norm, global_norm)
     if factor < 1.0:
         for held in parameters:
             held.gradient.mul_(factor)

@@ -10,7 +10,6 @@ from parallel.engine import Batch
 from parallel.mesh import Mesh
 from trainer.config import RunConfig
 from trainer.peak import matmul_peak, peak_memory, synchronize
-from trainer.process import build_engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +35,7 @@ def bench(config: RunConfig, mesh: Mesh, steps: int, warmup: int) -> BenchResult
         raise ValueError(f"steps is {steps} and warmup {warmup}; they must be at least 1 and 0")
     peak = matmul_peak(mesh.device, getattr(torch, config.train.dtype))
     spent = cost(config.model, config.data.sequence_length)
-    engine = build_engine(config, mesh, config.train.compile)
-    optimizer = config.optim.build(engine)
+    engine, optimizer = config.engine.build(config, mesh)
     generator = torch.Generator().manual_seed(mesh.data_rank)
     rows = config.train.micro_batch * config.micro_batches
     shape = (rows, config.data.sequence_length + 1)

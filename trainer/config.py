@@ -13,6 +13,7 @@ from parallel.mesh import MeshConfig
 from trainer.data.blend import shares
 from trainer.data.packing.base import PackingConfig
 from trainer.data.tasks.base import TaskConfig
+from trainer.engines.base import EngineConfig
 from trainer.faults import FaultsConfig
 from trainer.optim.base import OptimConfig
 from trainer.profiling import ProfileConfig
@@ -158,6 +159,7 @@ class RunConfig:
     schedule: ScheduleConfig = default(ScheduleConfig, "cosine")
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     memory: MemoryConfig = default(MemoryConfig, "none")
+    engine: EngineConfig = default(EngineConfig, "native")
 
     def __post_init__(self) -> None:
         train, length = self.train, self.data.sequence_length

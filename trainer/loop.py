@@ -17,7 +17,6 @@ from trainer.data.samples import held_out_rows, samples
 from trainer.data.vocabulary import refuse_vocabulary
 from trainer.evaluate import evaluate
 from trainer.initial import start
-from trainer.process import build_engine
 from trainer.profiling import profiled
 from trainer.progress import say
 from trainer.resume import everyone, on_main, resume
@@ -77,8 +76,7 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
     refuse_vocabulary(config)
 
     where.at("start-up, building the model")
-    engine = build_engine(config, mesh, config.train.compile)
-    optimizer = config.optim.build(engine)
+    engine, optimizer = config.engine.build(config, mesh)
     if launch.fresh:
         on_main(mesh.is_main, lambda: retire(folder))
 

@@ -62,6 +62,10 @@ def refuse_run(config: RunConfig) -> None:
         refuse_memory(config.model, config.mesh, config.memory, config.train.compile)
     except ValueError as error:
         raise at("memory", str(error)) from error
+    try:
+        config.engine.refuse(config)
+    except ValueError as error:
+        raise at("engine", str(error)) from error
     refuse_patterns(config.model, config.optim.patterns())
 
 
@@ -132,6 +136,7 @@ def refuse_machine(config: RunConfig) -> None:
     """Raise ValueError where this machine lacks what the config asks for."""
     if config.train.compile:
         refuse_compile(device_type())
+    config.engine.refuse_machine()
 
 
 def refuse_data(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from configs.structure import to_plain
 from configs.validate import default_of, required
 from parallel.engine import Engine
-from parallel.pieces import Piece, entire, piece, with_owners
+from parallel.pieces import Piece
 from trainer import checkpoint
 from trainer.checkpoint import FOLDER
 from trainer.config import DataConfig, RunConfig
@@ -52,15 +52,7 @@ def saved(engine: Engine, optimizer: OptimizerState | None) -> Iterator[tuple[st
 
     A copy of a shared parameter goes by its owner's name, so that a name may come twice.
     """
-    for held, owner in with_owners(engine.held(), engine.mesh):
-        name = held.shard.name
-        yield f"model/{name}", piece(held), owner
-        for key, value in optimizer.state(held).items() if optimizer else ():
-            own = piece(held, value) if value.shape else entire(value)
-            yield f"optimizer/{name}/{key}", own, owner
-    for model in engine.models:
-        for name, buffer in model.named_buffers():
-            yield f"model/{name}", entire(buffer), engine.mesh.stage.index == 0
+    return engine.pieces(optimizer.state if optimizer else None)
 
 
 def load(path: Path, engine: Engine, optimizer: OptimizerState | None = None) -> None:
@@ -69,12 +61,7 @@ def load(path: Path, engine: Engine, optimizer: OptimizerState | None = None) ->
     Raises ValueError on all ranks for what the checkpoint lacks (a collective).
     """
     reader = ShardReader(path)
-
-    def fill() -> None:
-        for name, own, _ in saved(engine, optimizer):
-            reader.fill(name, own)
-
-    everyone(fill)
+    everyone(lambda: engine.take_up(reader.fill, optimizer.state if optimizer else None))
 
 
 def resume(

@@ -34,3 +34,11 @@ class OptimizerState(Protocol):
         that there is something to write into.
         """
         ...
+
+
+class Updater(OptimizerState, Protocol):
+    """What the loop asks of an optimiser."""
+
+    def step(self, lr: float) -> None:
+        """Update every parameter from its gradient (a collective). lr: of a parameter whose group does not scale it."""
+        ...

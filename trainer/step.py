@@ -14,9 +14,8 @@ from trainer.data.rows import on_device
 from trainer.data.samples import Samples
 from trainer.faults import Faults
 from trainer.metrics import StepMetrics, depth_used, dropped_picks, expert_loads
-from trainer.optim.base import Optimizer
 from trainer.peak import matmul_peak, peak_memory
-from trainer.state import RunState
+from trainer.state import RunState, Updater
 from trainer.whereabouts import Whereabouts
 
 
@@ -27,7 +26,7 @@ class Stepper:
         self,
         config: RunConfig,
         engine: Engine,
-        optimizer: Optimizer,
+        optimizer: Updater,
         data: Samples,
         warn: Callable[[str], None],
         where: Whereabouts,

@@ -110,7 +110,7 @@ ALL = (
             ["plugins", "mxer"],
             "there is no slot 'mxer'; did you mean mixer? "
             "the slots are mixer, attention_gate, router, ffn, norm, residual, values, shortcut, scaling, depth, "
-            "controller, task, packing, optim, schedule, memory",
+            "controller, task, packing, optim, schedule, memory, engine",
         ),
         (["eval", "nope"], "nope has no checkpoint; give the folder of a run that has saved one"),
         (["export", "nope", "out"], "nope has no checkpoint; give the folder of a run that has saved one"),

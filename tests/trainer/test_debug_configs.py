@@ -10,6 +10,7 @@ from configs.validate import parse
 from parallel.mesh import MeshConfig
 from tests.trainer import runs
 from trainer.config import RunConfig
+from trainer.engines.native import NativeConfig
 from trainer.schedule.decay import Cosine
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
@@ -39,6 +40,8 @@ def test_trains(path: Path, data: Path, tmp_path: Path) -> None:
         ),
         schedule=Cosine(warmup=1),
         mesh=MeshConfig(),
+        # The others keep what they start in the process, and have tests of their own.
+        engine=NativeConfig(),
     )
     state, _ = runs.run(config)
     assert state.step == STEPS

@@ -20,11 +20,12 @@ from parallel.testing import Pool
 from tests.compilers import needs_compiler
 from tests.trainer import runs
 from trainer import checkpoint, loop, shardfiles
+from trainer.engines.native import NativeConfig
 from trainer.loop import train
 from trainer.signals import Stop
 
 PHASES: dict[str, tuple[object, str]] = {
-    "start-up": (loop, "build_engine"),
+    "start-up": (NativeConfig, "build"),
     "resuming": (loop, "resume"),
     "step": (Engine, "step_gradients"),
     "validation": (loop, "evaluate"),

@@ -1,0 +1,1 @@
+"""Who runs the steps of a run, one kind a file: this project's own engine, and others over data ranks."""
