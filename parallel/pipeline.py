@@ -4,7 +4,7 @@ Token ids, targets, document ids and positions are keyword arguments that every 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -44,18 +44,25 @@ CLASSES: Mapping[str, Any] = MappingProxyType(
 )
 
 
-def refuse(mesh: MeshConfig, num_layers: int, micro_batches: int) -> None:
-    """Raise ValueError where the schedule cannot run, with the nearest thing that can."""
+def refuse(
+    mesh: MeshConfig, num_layers: int, micro_batches: int, setting: Callable[[int], str] = "{} micro-batches".format
+) -> None:
+    """Raise ValueError where the schedule cannot run, with the nearest thing that can.
+
+    setting: what makes so many micro-batches, in words.
+    """
     refuse_stages(mesh, num_layers)
     if mesh.schedule in ("interleaved", "zero_bubble") and micro_batches % mesh.pp:
         up = -(-micro_batches // mesh.pp) * mesh.pp
         raise ValueError(
-            f"schedule {mesh.schedule} takes a multiple of pp={mesh.pp} micro-batches and has {micro_batches}; use {up}"
+            f"schedule {mesh.schedule} takes a multiple of pp={mesh.pp} micro-batches and has {micro_batches}; "
+            f"use {setting(up)}"
         )
     least = mesh.num_stages if mesh.schedule in V_SHAPED else 1
     if micro_batches < least:
         raise ValueError(
-            f"schedule {mesh.schedule} needs at least {least} micro-batches and has {micro_batches}; use {least}"
+            f"schedule {mesh.schedule} needs at least {least} micro-batches and has {micro_batches}; "
+            f"use {setting(least)}"
         )
 
 

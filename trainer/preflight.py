@@ -53,7 +53,11 @@ def refuse_run(config: RunConfig) -> None:
     try:
         refuse(config.model, config.mesh)
         if config.mesh.pp > 1:
-            pipeline.refuse(config.mesh, len(config.model.expanded), config.micro_batches)
+            rows = config.train.global_batch // config.micro_batches
+            layers = len(config.model.expanded)
+            pipeline.refuse(
+                config.mesh, layers, config.micro_batches, lambda count: f"train.global_batch={count * rows}"
+            )
         if config.train.compile:
             refuse_schedule(config.mesh)
     except ValueError as error:

@@ -50,3 +50,26 @@ def test_two_machines_by_hand(tmp_path: Path, command: list[str]) -> None:
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert [record["step"] for record in records(config) if "train/loss" in record] == [1, 2, 3]
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_what_all_processes_refuse_is_said_once(tmp_path: Path) -> None:
+    config = run_config(prepare_data(tmp_path), tmp_path / "run", MeshConfig(fsdp=2), steps=3)
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(to_plain(config)))
+
+    words = ["torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "-m", "trainer.train", str(file), "mesh.fsdp=4", "train.global_batch=8"],
+        env={**environment(os.environ), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1, "torchrun's own"
+    said = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    # torchrun's report has lines that begin so too.
+    assert [line for line in said if "started" in line] == [
+        "error: the mesh fsdp=4 takes 4 processes and 2 were started; start 4"
+    ]
+    assert not (tmp_path / "run").exists()
