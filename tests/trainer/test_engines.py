@@ -61,7 +61,7 @@ def run_config(folder: Path, dtype: str, **changes: Any) -> RunConfig:
     config = runs.run_config(folder, folder, MeshConfig(dp=2), micro_batch=2, global_batch=8, dtype=dtype)
     groups = (GroupConfig("embedding", 0.5, weight_decay=0.0), GroupConfig("router", 2.0))
     config = runs.with_optim(config, eps=1e-3, weight_decay=0.3, clip=0.5, groups=groups)
-    return dataclasses.replace(config, model=model(), **changes)
+    return dataclasses.replace(config, **{"model": model(), **changes})
 
 
 @dataclasses.dataclass
@@ -188,8 +188,8 @@ def test_other_types(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.slow
 def test_memories(tmp_path: Path) -> None:
     kinds = ["full", "selective", "sqrt", "offload", "reversible"]
-    residual = {**to_plain(model()), "residual": {"kind": "reversible"}}
-    config = dataclasses.replace(run_config(tmp_path, "float32"), model=instantiate(LMConfig, residual))
+    undone = {**to_plain(runs.model()), "residual": {"kind": "reversible"}}
+    config = runs.with_optim(run_config(tmp_path, "float32", model=instantiate(LMConfig, undone)), groups=())
     memories = [{"kind": kind} for kind in kinds]
     with Pool(2) as pool:
         native = pool.run(take_all, 2, config, [NATIVE], NO_MEMORY)[0][0]
