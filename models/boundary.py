@@ -31,6 +31,18 @@ class Boundary:
         return gate_BT.view(*gate_BT.shape, *([1] * (out.dim() - 2))).to(out.dtype)
 
 
+class Ends:
+    """What happens to the state behind the last layer that is present. This one: nothing; `parallel/` has others."""
+
+    def close(self, state: State, side: Side) -> tuple[State, Side]:
+        """In front of the head. side: of the tokens that this rank has."""
+        return state, side
+
+    def leave(self, state: State) -> State:
+        """In front of another stage."""
+        return state
+
+
 class LocalCore:
     """Runs a mixer's core where it is; the context-parallel one exchanges heads for tokens around it.
 

@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from models.boundary import Ends
 from models.config import LMConfig
 from models.layer import Extras, Layer
 from models.loss import Vocabulary, count_targets
@@ -77,6 +78,7 @@ class LM(nn.Module):
         if not config.tie_embeddings:
             self.head = Vocabulary(config.vocab_size, d_model, "head")
         self.shard: Callable[[Side], Side] = whole
+        self.ends = Ends()
         self.run_layers = run_layers
         self.embedding_gain, self.logits_gain = config.scaling.embedding_gain(), config.scaling.logits_gain(d_model)
         for name, module, attribute, spec in named_specs(self):
@@ -174,8 +176,10 @@ class LM(nn.Module):
             if caches is not None and extras.cache is not None:
                 caches[name] = extras.cache
         if self.head is None or self.norm is None or self.closer is None:
+            entries = self.ends.leave(entries)
             entries = entries if total is None else {**entries, LOSSES.name: total}
             return Output(losses=losses, stats=stats, state=entries, cache=caches)
+        entries, local = self.ends.close(entries, local)
         h_BTD = self.norm(self.closer(entries))
         if self.logits_gain != 1:
             h_BTD = h_BTD * self.logits_gain

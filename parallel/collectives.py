@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.mesh import Ranks
+from parallel.ranks import Ranks
 
 
 def all_gather(x: Tensor, dim: int, ranks: Ranks) -> Tensor:
@@ -27,10 +27,20 @@ def reduce_scatter(x: Tensor, dim: int, ranks: Ranks) -> Tensor:
         return x
     pieces = torch.stack(x.chunk(ranks.size, dim))
     out = torch.empty_like(pieces[0])
-    # The same function: torch 2.13 renames it and warns about the name that 2.11 has.
-    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    collective(out, pieces.flatten(0, 1), group=ranks.group)
+    reduce_scatter_rows(out, pieces.flatten(0, 1), ranks)
     return out
+
+
+def reduce_scatter_rows(out: Tensor, x: Tensor, ranks: Ranks, async_op: bool = False) -> dist.Work | None:
+    """As `torch.distributed.reduce_scatter_tensor`, by the name that this torch has for it without a warning."""
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return collective(out, x, group=ranks.group, async_op=async_op)
+
+
+def all_gather_rows(out: Tensor, x: Tensor, ranks: Ranks, async_op: bool = False) -> dist.Work | None:
+    """As `torch.distributed.all_gather_into_tensor`, likewise."""
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return collective(out, x, group=ranks.group, async_op=async_op)
 
 
 class _Gather(torch.autograd.Function):

@@ -19,7 +19,8 @@ from models.lm import LM
 from models.slots import Cache
 from models.state import Side
 from parallel.collectives import all_to_all, gather
-from parallel.mesh import Mesh, MeshConfig, Ranks
+from parallel.mesh import Mesh, MeshConfig
+from parallel.ranks import Ranks
 from parallel.ring import order
 from parallel.sequence import RankSequence
 

@@ -20,12 +20,13 @@ from models.lm import LM, Output
 from models.loss import IGNORE
 from models.memory.base import MemoryConfig
 from models.memory.none import NoneConfig
-from parallel import context, data, expert, gradients, pipeline, tensor
+from parallel import context, data, expert, gradients, pipeline, tensor, whole_stream
 from parallel.compiled import compile_layers, refuse_schedule
 from parallel.holdings import Holdings
-from parallel.mesh import Mesh, Ranks
+from parallel.mesh import Mesh
 from parallel.precision import ComputeCopies, master
 from parallel.preflight import refuse, refuse_memory
+from parallel.ranks import Ranks
 from parallel.shards import cut_parameters, fill
 
 
@@ -111,6 +112,8 @@ class Engine(Holdings):
             model.to(master(dtype))
             cut_parameters(model, mesh)
             tensor.parallelize(model, mesh, heads)
+            if mesh.config.overlap:
+                whole_stream.parallelize(model, mesh.tp, heads)
             context.parallelize(model, mesh)
             expert.parallelize(model, mesh)
             data.parallelize(self.stages[index] if self.stages else model, model, mesh, dtype)

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.in_flight import Flight, Start
-from parallel.mesh import Ranks
+from parallel.in_flight import Flight, Start, Started
+from parallel.ranks import Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,10 @@ class Leg:
         return self._to(self.send, self.receive)
 
     def _to(self, receive: list[int], send: list[int]) -> Start:
-        def start(x: Tensor) -> tuple[Tensor, dist.Work]:
+        def start(x: Tensor) -> Started:
             out = x.new_empty((sum(receive), *x.shape[1:]))
-            work = dist.all_to_all_single(out, x.contiguous(), receive, send, group=self.ranks.group, async_op=True)
-            assert work is not None
-            return out, work
+            group = self.ranks.group
+            return out, dist.all_to_all_single(out, x.contiguous(), receive, send, group=group, async_op=True)
 
         return start
 

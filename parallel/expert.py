@@ -16,7 +16,8 @@ from models.params import upcast
 from parallel.collectives import all_gather
 from parallel.context import Order, order_of
 from parallel.exchange import Direct, Exchange, TwoLevel
-from parallel.mesh import Mesh, Ranks
+from parallel.mesh import Mesh
+from parallel.ranks import Ranks
 
 
 class SpreadDispatch(LocalDispatch):

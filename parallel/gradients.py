@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallel.mesh import Mesh, Ranks
+from parallel.mesh import Mesh
+from parallel.ranks import Ranks
 from parallel.shards import Shard
 
 

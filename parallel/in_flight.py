@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-# Starts a collective: the tensor that it fills, and the work to wait for.
-Start = Callable[[Tensor], tuple[Tensor, dist.Work]]
+# The tensor that a collective fills, and the work to wait for.
+Started = tuple[Tensor, dist.Work | None]
+Start = Callable[[Tensor], Started]
 
 
 class Flight:
@@ -23,12 +24,13 @@ class Flight:
     def __init__(self, x: Tensor, there: Start, back: Start) -> None:
         self._there, self._back = there, back
         self._under_way: tuple[Tensor, Tensor, dist.Work] | None = None
-        self._carrier = Launch.apply(x, self)
+        self.carrier = Launch.apply(x, self)
 
     @torch.compiler.disable()
-    def wait(self) -> Tensor:
-        """What has arrived; to be asked for once."""
-        return Wait.apply(self._carrier, self)
+    def wait(self, carrier: Tensor | None = None) -> Tensor:
+        """What has arrived; to be asked for once. carrier: what the flight's has become on its way, in autograd's
+        graph."""
+        return Wait.apply(self.carrier if carrier is None else carrier, self)
 
     def forth(self, x: Tensor) -> None:
         self._launch(x, self._there)
@@ -39,6 +41,7 @@ class Flight:
 
     def _launch(self, x: Tensor, start: Start) -> Tensor:
         out, work = start(x)
+        assert work is not None, "only a rank of the group launches"
         # With what is sent, which must not be freed before.
         self._under_way = (x, out, work)
         return out

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.limits import at_least
+from parallel.ranks import Ranks, subgroup
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")
 CONTEXTS = ("ulysses", "ring")
@@ -30,14 +31,15 @@ class MeshConfig:
 
     dp: replicas. fsdp: ranks that share one copy of the parameters. hsdp: "RxS", the same as dp=R with fsdp=S.
     reshard: whether the parameters that FSDP gathers for a layer are freed after its forward pass and gathered again
-    for its backward pass (ZeRO-3), or stay in between (ZeRO-2). tp: tensor and sequence. cp: context. context: how its
-    ranks mix along the sequence: ulysses exchanges heads for tokens around every mixer's core; ring leaves tokens in
-    place, sends keys and values round, and states on. ep: experts, over ranks that the other degrees provide. etp:
-    expert tensor, likewise: ranks that share an expert's width. ep_local: how many of those ranks (ep x etp) are on one
-    machine, if rows are to be collected there before they go to other machines. ep_chunks: pieces in which rows travel
-    to experts, one being computed while others are under way. pp: pipeline ranks. schedule: gpipe, 1f1b, interleaved,
-    zero_bubble, zbv or dualpipev. stages: the number of layers of each pipeline stage, such as "3+5+5+3", in place of
-    cuts by cost.
+    for its backward pass (ZeRO-3), or stay in between (ZeRO-2). tp: tensor and sequence. overlap: with the ladder
+    residual every tensor rank holds all tokens between branches, whose sums are under way beside other branches. cp:
+    context. context: how its ranks mix along the sequence: ulysses exchanges heads for tokens around every mixer's
+    core; ring leaves tokens in place, sends keys and values round, and states on. ep: experts, over ranks that the
+    other degrees provide. etp: expert tensor, likewise: ranks that share an expert's width. ep_local: how many of those
+    ranks (ep x etp) are on one machine, if rows are to be collected there before they go to other machines. ep_chunks:
+    pieces in which rows travel to experts, one being computed while others are under way. pp: pipeline ranks. schedule:
+    gpipe, 1f1b, interleaved, zero_bubble, zbv or dualpipev. stages: the number of layers of each pipeline stage, such
+    as "3+5+5+3", in place of cuts by cost.
     """
 
     dp: int = 1
@@ -54,6 +56,7 @@ class MeshConfig:
     schedule: str = "1f1b"
     stages: str | None = None
     reshard: bool = True
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         degrees = ("dp", "fsdp", "tp", "cp", "ep", "etp", "pp")
@@ -165,6 +168,11 @@ class MeshConfig:
         return self.cp * self.tp * (2 if self.context == "ring" else 1)
 
     @property
+    def stream_ranks(self) -> int:
+        """Over how many ranks the tokens between branches are spread."""
+        return self.cp if self.overlap else self.cp * self.tp
+
+    @property
     def splits_backward(self) -> bool:
         return self.pp > 1 and self.schedule in SPLIT_BACKWARD
 
@@ -184,9 +192,9 @@ class MeshConfig:
                 raise ValueError(f"mesh gives {key} twice; give it once")
             if key in TEXTS:
                 values[key] = value
-            elif key == "reshard":
+            elif key in ("reshard", "overlap"):
                 if value not in ("true", "false"):
-                    raise ValueError(f"mesh has reshard={value!r}; it is true or false")
+                    raise ValueError(f"mesh has {key}={value!r}; it is true or false")
                 values[key] = value == "true"
             elif value.isdecimal() and len(value) < 19:
                 values[key] = int(value)
@@ -217,40 +225,9 @@ class MeshConfig:
             sizes.append(f"context={self.context}")
         if not self.reshard:
             sizes.append("reshard=false")
+        if self.overlap:
+            sizes.append("overlap=true")
         return ",".join(sizes) or "one process"
-
-
-@torch.compiler.disable()
-def all_reduce_(x: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
-    """In place. Compiled, it would also change what torch.cat made x from (docs/experiments.md)."""
-    dist.all_reduce(x, op=op, group=group)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    """A set of ranks that this one communicates with. group is None when it is alone."""
-
-    size: int = 1
-    index: int = 0
-    group: dist.ProcessGroup | None = None
-
-    def sum_(self, x: torch.Tensor) -> torch.Tensor:
-        """All-reduce in place."""
-        if self.size > 1:
-            all_reduce_(x, dist.ReduceOp.SUM, self.group)
-        return x
-
-    def max_(self, x: torch.Tensor) -> torch.Tensor:
-        if self.size > 1:
-            all_reduce_(x, dist.ReduceOp.MAX, self.group)
-        return x
-
-
-def subgroup(rows: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup:
-    """This rank's group among `rows`, which all ranks make together."""
-    group, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 class Mesh:

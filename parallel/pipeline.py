@@ -146,7 +146,7 @@ def local_shape(entry: Entry, batch: int, sequence: int, mesh: Mesh) -> tuple[in
     if entry.layout is Layout.PER_RANK:
         return entry.shape
     if entry.layout is Layout.TOKENS:
-        return (batch, sequence // mesh.sequence.size, *entry.shape)
+        return (batch, sequence // mesh.config.stream_ranks, *entry.shape)
     assert entry.heads is not None
     _, heads, _ = split(Axis("kv_heads", entry.heads), entry.heads, mesh.tp.index, mesh.tp.size)
     return (batch, sequence // mesh.cp.size, heads, *entry.shape[1:])

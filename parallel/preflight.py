@@ -17,6 +17,7 @@ from models.pieces import TENSOR_AXES, fits, named_axes
 from models.slots import FFNConfig
 from parallel import pipeline
 from parallel.mesh import MeshConfig
+from parallel.overlap import refuse_overlap
 from parallel.shards import EXPERT_AXES, EXPERT_WIDTHS
 
 HEAD_AXES = ("heads", "kv_heads")
@@ -49,7 +50,9 @@ def refuse(config: LMConfig, mesh: MeshConfig) -> None:
 def refuse_memory(config: LMConfig, mesh: MeshConfig, memory: MemoryConfig, compile: bool) -> None:
     """Raise ValueError where the model cannot be trained with so little kept of its forward pass."""
     with torch.device("meta"):
-        memory.refuse(LM(config))
+        model = LM(config)
+    memory.refuse(model)
+    refuse_overlap(model, mesh, memory, compile)
     if compile and memory.uncompiled:
         raise ValueError(
             f"memory {memory.kind} does not go with compiled layers, {memory.uncompiled}; leave compile out, or use "

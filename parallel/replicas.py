@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.engine import Engine
 from parallel.gradients import Held
-from parallel.mesh import Ranks
+from parallel.ranks import Ranks
 
 WIDTHS = {1: torch.uint8, 2: torch.int16}
 

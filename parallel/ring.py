@@ -24,7 +24,7 @@ from models.kernels.attention.partial import (
     attend_part_backward,
     out_of_reach,
 )
-from parallel.mesh import Ranks
+from parallel.ranks import Ranks
 
 
 def stretches(rank: int, ranks: int) -> tuple[int, int]:

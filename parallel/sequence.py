@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.sequence_group import SequenceGroup
 from parallel.collectives import gather
-from parallel.mesh import Ranks
+from parallel.ranks import Ranks
 from parallel.ring import Reach, Ring, stretches
 
 

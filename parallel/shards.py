@@ -17,7 +17,8 @@ from models.lm import LM
 from models.params import ParamSpec, Parts, initial_value, named_specs
 from models.pieces import TENSOR_AXES, split
 from parallel.collectives import all_gather
-from parallel.mesh import Mesh, Ranks
+from parallel.mesh import Mesh
+from parallel.ranks import Ranks
 
 EXPERT_AXES = ("experts",)
 EXPERT_WIDTHS = ("expert_ffn",)

@@ -18,7 +18,8 @@ from models.state import Layout, Side, State, Views
 from models.tensor_group import TensorGroup
 from parallel.collectives import all_gather, gather, scatter_sum, sum_all
 from parallel.context import Order, order_of
-from parallel.mesh import Mesh, Ranks
+from parallel.mesh import Mesh
+from parallel.ranks import Ranks
 
 
 class TensorBoundary(Boundary):
@@ -87,10 +88,13 @@ class VocabLookup:
         self.tp = tp
 
     def __call__(self, weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:
-        ids = all_gather(tokens_BT, 1, self.tp) - self.tp.index * weight_VD.shape[0]
+        return scatter_sum(self.own(weight_VD, all_gather(tokens_BT, 1, self.tp)), 1, self.tp)
+
+    def own(self, weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """This rank's rows, and zeros for other ranks' tokens."""
+        ids = tokens_BT - self.tp.index * weight_VD.shape[0]
         mine = (ids >= 0) & (ids < weight_VD.shape[0])
-        out = F.embedding(ids.where(mine, 0), weight_VD) * mine[..., None].to(weight_VD.dtype)
-        return scatter_sum(out, 1, self.tp)
+        return F.embedding(ids.where(mine, 0), weight_VD) * mine[..., None].to(weight_VD.dtype)
 
 
 class SplitVocabulary(WholeVocabulary):
@@ -138,9 +142,9 @@ def over_heads(model: LM) -> frozenset[str]:
 def parallelize(model: LM, mesh: Mesh, heads: frozenset[str]) -> None:
     """Set every branch's boundary and the vocabulary's ends; `heads`: see `over_heads` of the whole model."""
     tp, cp = mesh.tp, mesh.cp
-    if mesh.sequence.size > 1:
-        model.shard = TokenShard(tp, cp, order_of(mesh))
-    if tp.size == 1:
+    if mesh.config.stream_ranks > 1:
+        model.shard = TokenShard(Ranks() if mesh.config.overlap else tp, cp, order_of(mesh))
+    if tp.size == 1 or mesh.config.overlap:
         return
     for layer in model.blocks:
         for sublayer in (layer.mixer, layer.ffn):

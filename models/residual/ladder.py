@@ -4,6 +4,7 @@ Shape suffixes: B batch, T sequence, D model width.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -38,16 +39,22 @@ class LadderResidual(ResidualConfig, kind="ladder"):
         return Ladder(ctx.d_model, shortcut, has_pending, leaves_pending=any(following))
 
 
+def arrived(x: Tensor) -> Tensor:
+    return x
+
+
 class Ladder(Connection):
     """With the stream x and the output `pending` that is not yet part of it: x <- x + pending, pending <- F(x).
 
     has_pending: the sublayer before left its output. leaves_pending: the next sublayer reads without this output;
-    otherwise it joins x at once, and the state is the plain residual's.
+    otherwise it joins x at once, and the state is the plain residual's. land: what is done to an output before it is
+    used, which may still be under way.
     """
 
     def __init__(self, d_model: int, shortcut: nn.Module, has_pending: bool, leaves_pending: bool) -> None:
         super().__init__()
         self.shortcut, self.has_pending, self.leaves_pending = shortcut, has_pending, leaves_pending
+        self.land: Callable[[Tensor], Tensor] = arrived
         x, pending = Entry("x", (d_model,)), Entry("pending", (d_model,))
         self.reads = ("x", "pending") if has_pending else ("x",)
         self.writes = (x, pending) if leaves_pending else (x,)
@@ -56,11 +63,11 @@ class Ladder(Connection):
         return Views.same(state["x"]), {}
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
-        x_BTD = self.shortcut(state["x"] + state["pending"] if self.has_pending else state["x"])
+        x_BTD = self.shortcut(state["x"] + self.land(state["pending"]) if self.has_pending else state["x"])
         if self.leaves_pending:
             return {**state, "x": x_BTD, "pending": out_BTD}
         others = {name: entry for name, entry in state.items() if name != "pending"}
-        return {**others, "x": x_BTD + out_BTD}
+        return {**others, "x": x_BTD + self.land(out_BTD)}
 
     def peek(self, state: State) -> Tensor:
         """The stream that this sublayer reads: adding what is pending would make a gate wait for it."""

@@ -12,7 +12,8 @@ import torch
 from torch.distributed.pipelining import _backward
 
 from parallel import check, collectives, data, engine, expert, gradients, pipeline, shards, split_backward, tensor
-from parallel.mesh import MeshConfig, Ranks
+from parallel.mesh import MeshConfig
+from parallel.ranks import Ranks
 
 Plant = Callable[[], contextlib.AbstractContextManager[Any]]
 
