@@ -71,7 +71,7 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
         (
             "mesh.zzz=2",
             "mesh.zzz: unknown key; mesh takes dp, fsdp, hsdp, tp, cp, context, ep, etp, ep_local, ep_chunks, pp, "
-            "schedule, stages, reshard",
+            "schedule, stages, reshard, overlap",
         ),
         ("model.residual={kind: plain, n: 2}", "model.residual.n: unknown key; plain takes no keys"),
         # missing keys and kinds

@@ -104,7 +104,7 @@ ALL = (
         (
             ["check", CONFIG, "--mesh", "tpp=2"],
             "mesh has no key 'tpp'; did you mean tp? the keys are dp, fsdp, hsdp, tp, cp, context, ep, etp, ep_local, "
-            "ep_chunks, pp, schedule, stages, reshard",
+            "ep_chunks, pp, schedule, stages, reshard, overlap",
         ),
         (
             ["plugins", "mxer"],
