@@ -39,6 +39,10 @@ class OptimizerState(Protocol):
 class Updater(OptimizerState, Protocol):
     """What the loop asks of an optimiser."""
 
+    def begin(self, lr: float) -> None:
+        """Called before the gradients of each step. lr: that of its update."""
+        ...
+
     def step(self, lr: float) -> None:
         """Update every parameter from its gradient (a collective). lr: of a parameter whose group does not scale it."""
         ...

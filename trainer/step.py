@@ -51,9 +51,10 @@ class Stepper:
         batch = on_device(batch, mesh.device)
         waited = time.perf_counter() - began
         self._where.at(f"step {state.step + 1}, gradients")
+        lr = config.optim.lr * config.schedule.factor(state.step, config.span)
+        self._optimizer.begin(lr)
         out = engine.step_gradients(batch, config.micro_batches, asked)
         loss, norm = float(out.loss), float(total := engine.grad_norm())
-        lr = config.optim.lr * config.schedule.factor(state.step, config.span)
         self._where.at(f"step {state.step + 1}, update")
         good = self._faults.passed(state.step + 1, loss, norm, batch, state.samples, config.micro_batches)
         if good:

@@ -57,6 +57,14 @@ def by_torch(name: str, make: Any, gradients: list[Tensor], **model: Any) -> Ten
     return parameter.detach()
 
 
+def test_sgd_is_torchs() -> None:
+    """Without weight decay, which is decoupled here and is not in torch's."""
+    after, gradients = stepped(optim(kind="sgd", momentum=0.8, weight_decay=0.0))
+    for name, value in after.items():
+        make = functools.partial(torch.optim.SGD, lr=0.02, momentum=0.8)
+        torch.testing.assert_close(value, by_torch(name, make, gradients[name]), rtol=1e-12, atol=1e-14)
+
+
 def test_adamw_is_torchs() -> None:
     after, gradients = stepped(optim(kind="adamw", betas=[0.8, 0.99], eps=1e-6, weight_decay=0.2))
     for name, value in after.items():

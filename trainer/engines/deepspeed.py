@@ -228,6 +228,9 @@ class DeepSpeedUpdater:
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
 
+    def begin(self, lr: float) -> None:
+        """Nothing is done before the gradients are there."""
+
     def step(self, lr: float) -> None:
         self._engine.update(lr)
 

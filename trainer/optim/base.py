@@ -81,6 +81,9 @@ class Optimizer:
         step for every parameter, on all ranks of a pipeline stage with the same ones."""
         raise NotImplementedError
 
+    def begin(self, lr: float) -> None:
+        """See `trainer.state.Updater`: most have nothing to do before the gradients are there."""
+
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every parameter from its gradient (a collective). lr: of a parameter whose group does not scale it."""
