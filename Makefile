@@ -6,6 +6,8 @@ CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 # More arguments for pytest, as in: make test ARGS="-k layering"
 ARGS ?=
+# Where `make support` writes down what became of each cell, and finds what need not be tried again.
+RECORDS ?= .records
 # Test processes side by side, each with its own pool of ranks, which need 4 GB: ranks that wait for one another leave
 # half of two cores idle otherwise.
 WORKERS ?= auto
@@ -17,7 +19,7 @@ STAMP := $(VENV)/.weft-installed
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses $(MAX_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow lint check-all demo clean
+.PHONY: help install test test-slow support lint check-all demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
@@ -38,6 +40,10 @@ test: install ## run the tests, without the long sweeps
 
 test-slow: install ## run the long sweeps only
 	$(PYTEST) -m slow $(ARGS)
+
+support: install ## try what is missing of the whole matrix, and write docs/support.md
+	-WEFT_RECORDS=$(RECORDS) $(PYTEST) -m slow tests/matrix/test_every_cell.py $(ARGS)
+	$(BIN)/python -m tests.matrix.support $(RECORDS) docs/support.md
 
 lint: install ## check style, format and types
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import inspect
 import os
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -205,12 +206,26 @@ def hybrid() -> LMConfig:
     return build(layers=layers, pattern="GA", num_layers=1, residual="hyper")
 
 
-def of_kind(slot: str, kind: str) -> LMConfig:
-    if slot == "router":
-        limited = {} if RouterConfig.of_kind(kind).limits_itself else {"capacity_factor": 0.9}
-        return build(ffn={**plain("ffn", "moe"), "router": plain(slot, kind), **limited})
-    fields: dict[str, Any] = {slot: kind}
-    return build(**fields)
+def limited_router(kind: str, ffn: str = "moe") -> dict[str, Any]:
+    """Plain config of an FFN with this router, whose experts take so few tokens that some are dropped."""
+    limited = {} if RouterConfig.of_kind(kind).limits_itself else {"capacity_factor": 0.9}
+    return {**plain("ffn", ffn), "router": plain("router", kind), **limited}
+
+
+def of_kind(slot: str, kind: str, **others: Any) -> LMConfig:
+    """A model with this kind, and with `others` in other slots."""
+    chosen = {"ffn": limited_router(kind)} if slot == "router" else {slot: kind}
+    return build(**{**others, **chosen})
+
+
+def diverges(kinds: Mapping[str, str]) -> str:
+    """Why these kinds together leave float64, by slot; empty where they do not."""
+    if kinds.get("norm") == "none" and kinds.get("depth", "full").startswith("universal"):
+        return (
+            f"norm none with depth {kinds['depth']} has a block multiply its input by itself, over and over, which "
+            "leaves the range of float64"
+        )
+    return ""
 
 
 def draw(seed: int) -> LMConfig:
@@ -234,8 +249,8 @@ def draw(seed: int) -> LMConfig:
         }
         for slot in SLOTS[2:]:
             data[slot.slot] = drawn(slot.slot, generator.choice(list(slot.kinds())), generator)
-        if data["norm"]["kind"] == "none" and data["depth"]["kind"].startswith("universal"):
-            continue  # a block that multiplies its input by itself, over and over: with large weights beyond float64
+        if diverges({slot: data[slot]["kind"] for slot in ("norm", "depth")}):
+            continue
         try:
             config = instantiate(LMConfig, data)
             with torch.device("meta"):

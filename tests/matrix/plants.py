@@ -1,16 +1,17 @@
 """Bugs that rivals shipped, planted: each is a context manager that breaks our code the same way inside one process.
 
-`seen_by` names the config and the mesh on which the matrix must see it.
+Each names the config, the mesh and the memory with which the matrix must see it.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch.distributed.pipelining import _backward
 
+from models.memory import full
 from parallel import check, collectives, data, engine, expert, gradients, pipeline, shards, split_backward, tensor
 from parallel.mesh import MeshConfig
 from parallel.ranks import Ranks
@@ -18,15 +19,23 @@ from parallel.ranks import Ranks
 Plant = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
+class Place(NamedTuple):
+    """Where a plant must be seen: a config by name, a mesh, a kind of memory."""
+
+    config: str
+    mesh: str
+    memory: str = "none"
+
+
 class Registry:
-    """Plants by name, with the config and mesh that must reveal them."""
+    """Plants by name, with the place that must reveal them."""
 
     def __init__(self) -> None:
-        self.plants: dict[str, tuple[Plant, str, str]] = {}
+        self.plants: dict[str, tuple[Plant, Place]] = {}
 
-    def __call__(self, config: str, mesh: str) -> Callable[[Callable[[], Iterator[None]]], None]:
+    def __call__(self, *place: str) -> Callable[[Callable[[], Iterator[None]]], None]:
         def register(function: Callable[[], Iterator[None]]) -> None:
-            self.plants[function.__name__] = (contextlib.contextmanager(function), config, mesh)
+            self.plants[function.__name__] = (contextlib.contextmanager(function), Place(*place))
 
         return register
 
@@ -67,6 +76,13 @@ def final_norm_differs_between_tensor_ranks() -> Iterator[None]:
 def router_gradient_wrong_while_the_loss_is_right() -> Iterator[None]:
     """transformers #48687."""
     with not_reduced_over_tensor_ranks(lambda name: name.endswith("router.weight")):
+        yield
+
+
+@plant("latent", "tp=2")
+def shared_rotary_key_of_latent_attention_not_reduced() -> Iterator[None]:
+    """torchtitan #1373: one key for the heads of all ranks, each of which sees a part of its gradient."""
+    with not_reduced_over_tensor_ranks(lambda name: name.endswith("shared_key.weight")):
         yield
 
 
@@ -172,6 +188,54 @@ def balance_bias_updated_per_micro_batch() -> Iterator[None]:
         honest(self, stats)
 
     with mock.patch.object(engine.Engine, "after_step", broken):
+        yield
+
+
+@plant("hybrid", "pp=2")
+def balance_bias_of_some_layers_not_updated() -> Iterator[None]:
+    """torchtitan #4494: the hook passes over layers, here those of every stage but the first."""
+    honest = engine.Engine.after_step
+
+    def broken(self: engine.Engine, stats: Any) -> None:
+        if not self.mesh.pp.index:
+            honest(self, stats)
+
+    with mock.patch.object(engine.Engine, "after_step", broken):
+        yield
+
+
+@plant("plain", "dp=2,tp=2", "full")
+def layers_run_again_in_another_group() -> Iterator[None]:
+    """Megatron-LM #7452, repro 4: what is recomputed gathers over data ranks instead of tensor ranks."""
+    honest, gather = full.checkpoint, collectives._Gather.forward
+    meshes: list[Any] = []
+    construct = engine.Engine.__init__
+
+    def remember(self: engine.Engine, config: Any, mesh: Any, **kwargs: Any) -> None:
+        meshes.append(mesh)
+        construct(self, config, mesh, **kwargs)
+
+    def elsewhere(ctx: Any, x: torch.Tensor, dim: int, ranks: Ranks) -> torch.Tensor:
+        other = meshes[-1].data
+        return gather(ctx, x, dim, other if ranks == meshes[-1].tp else ranks)
+
+    def broken(run: Callable[..., Any], *tensors: Any, **kwargs: Any) -> Any:
+        runs = iter((contextlib.nullcontext(), mock.patch.object(collectives._Gather, "forward", elsewhere)))
+
+        def counted(*given: Any) -> Any:
+            with next(runs):
+                return run(*given)
+
+        return honest(counted, *tensors, **kwargs)
+
+    with mock.patch.object(engine.Engine, "__init__", remember), mock.patch.object(full, "checkpoint", broken):
+        yield
+
+
+@plant("undone", "ep=2,fsdp=4", "reversible")
+def one_function_over_several_fsdp_units() -> Iterator[None]:
+    """Our own: a layer is undone as one node though its experts are a unit of FSDP of their own."""
+    with mock.patch.object(data, "holds_units", lambda module: False):
         yield
 
 

@@ -55,6 +55,17 @@ def test_initial_weights() -> None:
         assert value == pytest.approx(1.0 if name in {"embed.weight", "head.weight"} else 0.5), name
 
 
+def test_output_matrices_shrink_with_depth() -> None:
+    """Where no scaling has another rule: with the root of the number of branches. Draws of both models are the same."""
+    deep, shallow = LM(build(8)), LM(build(2))
+    for one in (deep, shallow):
+        initialize(one, 0)
+    for name, value in shallow.state_dict().items():
+        if value.dim() == 2:
+            ratio = 0.5 if name.endswith(("mixer.o.weight", "ffn.down.weight")) else 1.0
+            torch.testing.assert_close(deep.state_dict()[name], ratio * value, msg=name)
+
+
 @pytest.mark.parametrize("kind", ["completep", "depth_mup"])
 def test_the_base_model_is_the_plain_one(kind: str) -> None:
     config = build(2, scaling={"kind": kind, "base_width": 16, "base_layers": 2, "base_head_dim": 4})
