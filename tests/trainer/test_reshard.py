@@ -35,6 +35,10 @@ MESHES = [
     "ep=2,fsdp=2,tp=2",
     "pp=2,fsdp=2",
     "pp=2,tp=2,schedule=zbv",
+    "ep=6,ep_local=3",
+    "ep=2,etp=2,fsdp=4,reshard=false",
+    "pp=2,stages=3+1",
+    "cp=2,ep=2,context=ring",
 ]
 
 
