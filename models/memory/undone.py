@@ -126,7 +126,10 @@ class Call:
         """What is written, then losses."""
         given = dict(zip(self.taken, tensors, strict=False))
         state, self.extras = self.layer.run(given, *self.both(self.choices))
-        kept = {name: x for name, x in state.items() if name in self.layer.keep and x is not given.get(name)}
+        # Streams that the layer only reads are handed on too, so that all gradients of a stream are added one by one from
+        # the last to the first, as without undoing, and not those of this layer by themselves.
+        made = {name: x for name, x in state.items() if name in self.streams or x is not given.get(name)}
+        kept = {name: x for name, x in made.items() if name in self.layer.keep}
         self.written, self.losses = tuple(kept), tuple(self.extras.losses)
         # Detached, since an output that its own node refers to would never be freed.
         self.sides = {name: x.detach() for name, x in given.items() if name not in self.streams}

@@ -137,22 +137,40 @@ def test_odd_and_even_depths(depth: int, residual: str, kind: MemoryConfig) -> N
         assert check.error(found.gradients[name], gradient) < 1e-12, name
 
 
-@pytest.mark.parametrize("residual", ["reversible", "midpoint"])
+ON_GRID: dict[str, dict[str, Any]] = {
+    "reversible": {"kind": "reversible"},
+    "midpoint": {"kind": "midpoint"},
+    **{f"split{count}": {"kind": "multi_split", "streams": count} for count in (2, 3, 5)},
+}
+
+
+def refuse_differing_bits(config: LMConfig, dtype: torch.dtype) -> None:
+    """What is rebuilt on a grid is what was there, and its gradients are added up in one order: none differs in a bit."""
+    plain = step(config, NoneConfig(), dtype)
+    for kept in (ReversibleConfig(), PaRepropConfig()):
+        found = step(config, kept, dtype)
+        assert plain.loss == found.loss
+        differing = [name for name, gradient in plain.gradients.items() if not torch.equal(found.gradients[name], gradient)]
+        assert not differing, (kept.kind, len(differing), len(plain.gradients))
+
+
+@pytest.mark.parametrize("residual", ["reversible", "midpoint", "split3"])
 def test_bit_for_bit_on_a_grid_at_depth_96(residual: str) -> None:
-    """In float32: what is rebuilt is what was there, so that no gradient differs in a bit."""
-    config = build(pattern="A", repeat=96, residual={"kind": residual, "grid_bits": 14})
-    plain, found = (step(config, kept, torch.float32) for kept in (NoneConfig(), ReversibleConfig()))
-    assert plain.loss == found.loss
-    assert all(torch.equal(found.gradients[name], gradient) for name, gradient in plain.gradients.items())
+    refuse_differing_bits(build(pattern="A", repeat=96, residual={**ON_GRID[residual], "grid_bits": 14}), torch.float32)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 8])
+@pytest.mark.parametrize("residual", ON_GRID)
+def test_bit_for_bit_at_odd_and_even_depths(residual: str, depth: int) -> None:
+    config = build(pattern="A", repeat=depth, residual={**ON_GRID[residual], "grid_bits": 14})
+    refuse_differing_bits(config, torch.float32)
 
 
 @pytest.mark.parametrize("norm", ["pre", "peri", "post"])
-@pytest.mark.parametrize("residual", ["reversible", "midpoint"])
+@pytest.mark.parametrize("residual", ON_GRID)
 def test_bit_for_bit_beside_bfloat16_branches(residual: str, norm: str) -> None:
-    config = build(**HYBRID, residual={"kind": residual, "grid_bits": 14}, values="resformer", norm=norm)
-    plain, found = (step(config, kept, torch.bfloat16) for kept in (NoneConfig(), ReversibleConfig()))
-    assert plain.loss == found.loss
-    assert all(torch.equal(found.gradients[name], gradient) for name, gradient in plain.gradients.items())
+    config = build(**HYBRID, residual={**ON_GRID[residual], "grid_bits": 14}, values="resformer", norm=norm)
+    refuse_differing_bits(config, torch.bfloat16)
 
 
 def test_memory_does_not_grow_with_depth() -> None:
@@ -242,7 +260,7 @@ def test_compiled_layers_run_again(pool: Pool) -> None:
 
 
 def test_what_waits_comes_back_a_layer_ahead() -> None:
-    """And no layer's tensors stay beyond the layer in front."""
+    """A layer's gradients wait for its own copies, and no layer's tensors stay beyond the layer in front."""
     events: list[str] = []
     fetch, leave = Load.fetch, Load.leave
 
@@ -255,6 +273,10 @@ def test_what_waits_comes_back_a_layer_ahead() -> None:
         events.append(f"leave {loads.index(load)}")
         leave(load)
 
+    def arrived(_: Host, mark: object) -> None:
+        if f"wait {mark}" not in events:
+            events.append(f"wait {mark}")
+
     loads: list[Load] = []
     engine = Engine(build(3), Mesh.single(), seed=0, memory=OffloadConfig(min_bytes=0))
     make = Trail.load
@@ -263,9 +285,11 @@ def test_what_waits_comes_back_a_layer_ahead() -> None:
         mock.patch.object(Trail, "load", lambda self, *args: loads.append(made := make(self, *args)) or made),
         mock.patch.object(Load, "fetch", fetched),
         mock.patch.object(Load, "leave", left),
+        mock.patch.object(Host, "mark", lambda _: [int(event[6:]) for event in events if event.startswith("fetch")][-1]),
+        mock.patch.object(Host, "arrive", arrived),
     ):
         engine.step_gradients(batch, 1)
-    assert events == ["fetch 2", "fetch 1", "leave 2", "fetch 0", "leave 1"]
+    assert events == ["fetch 2", "fetch 1", "wait 2", "leave 2", "fetch 0", "wait 1", "leave 1", "wait 0"]
     assert all(load.waiting for load in loads)
 
 

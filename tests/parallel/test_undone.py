@@ -135,7 +135,6 @@ def test_no_drift_on_a_grid() -> None:
 
 @pytest.mark.parametrize("residual", ["reversible", "midpoint", "multi_split"])
 def test_states_on_a_grid_come_back_bit_for_bit(residual: str) -> None:
-    """Gradients of more than two streams are sums of more than two, which autograd may add up in another order."""
     with mock.patch.object(GridConfig, "exact", False):
         assert drift(engine(torch.float32, repeat=96, residual={"kind": residual, "grid_bits": 14})) == 0
 
