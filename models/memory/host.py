@@ -12,15 +12,19 @@ class Host:
         return x.clone()
 
     def refill(self, waiting: Tensor, x: Tensor) -> None:
-        """Have x wait where `out` put another. x must not be freed before the next `arrive`."""
+        """Have x, which came `back`, wait where it waited before."""
         waiting.copy_(x)
 
     def back(self, waiting: Tensor) -> Tensor:
-        """On the device again, once `arrive` has been called."""
+        """On the device again, once a `mark` behind it has been waited for."""
         return waiting.clone()
 
-    def arrive(self) -> None:
-        """Have the computation wait for all copies so far."""
+    def mark(self) -> object:
+        """The copies so far."""
+        return None
+
+    def arrive(self, mark: object) -> None:
+        """Have the computation wait for the copies before the mark, and for none behind it."""
 
     def settle(self) -> None:
         """Wait for all copies so far, so that this process may read what waits."""
@@ -32,7 +36,6 @@ class PinnedHost(Host):
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self._coming: list[Tensor] = []
 
     def out(self, x: Tensor) -> Tensor:
         waiting = torch.empty_like(x, device="cpu", pin_memory=True)
@@ -46,19 +49,21 @@ class PinnedHost(Host):
             waiting.copy_(x, non_blocking=True)
 
     def back(self, waiting: Tensor) -> Tensor:
-        # Its memory is the computation's, which may still use what is given out again. It is held until the computation
-        # has waited for the copy; record_stream would keep the memory from being used again for longer, while
-        # this process is ahead of the device.
-        x = torch.empty_like(waiting, device=self.device)
-        self._coming.append(x)
+        # Made of the copies' memory. What is freed of it is used again by a later copy alone, which follows the copies
+        # before it and waits for all that the computation has been given by then: nobody need hold it until it has left.
+        with torch.cuda.stream(self.stream):
+            x = torch.empty_like(waiting, device=self.device)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             x.copy_(waiting, non_blocking=True)
         return x
 
-    def arrive(self) -> None:
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        self._coming.clear()
+    def mark(self) -> torch.cuda.Event:
+        return self.stream.record_event()
+
+    def arrive(self, mark: object) -> None:
+        assert isinstance(mark, torch.cuda.Event)
+        torch.cuda.current_stream(self.device).wait_event(mark)
 
     def settle(self) -> None:
         self.stream.synchronize()

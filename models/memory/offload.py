@@ -73,6 +73,7 @@ class Load:
     def __init__(self, host: Host, before: "weakref.ref[Load] | None") -> None:
         self.host, self.waiting = host, list[Tensor]()
         self.here: list[Tensor] | None = None
+        self.came: object = None
         self.used = False
         self.before = before
         if before is not None and (other := before()) is not None:
@@ -100,12 +101,14 @@ class Load:
             if self.before is not None and (before := self.before()) is not None:
                 before.fetch()
         assert self.here is not None
-        self.host.arrive()
+        # For the copies of this layer, and not for those of the layer in front, which are under way as well.
+        self.host.arrive(self.came)
         return self.here[number]
 
     def fetch(self) -> None:
         if self.here is None:
             self.here = [self.host.back(x) for x in self.waiting]
+            self.came = self.host.mark()
 
     def leave(self) -> None:
         """Free what came back. A second backward pass fetches it again."""

@@ -64,6 +64,42 @@ def test_two_rounds_are_on_the_device_at_most() -> None:
     assert 2 * largest < host.most <= 2 * 2 * largest < 2 * sum(sizes), "two averages per parameter"
 
 
+class Queue(Host):
+    """The copies in their order, and for each round how many of them its update waits for."""
+
+    def __init__(self) -> None:
+        self.copies, self.waited = list[str](), list[int]()
+
+    def back(self, waiting: Tensor) -> Tensor:
+        self.copies.append("comes")
+        return super().back(waiting)
+
+    def refill(self, waiting: Tensor, x: Tensor) -> None:
+        self.copies.append("goes")
+        super().refill(waiting, x)
+
+    def mark(self) -> int:
+        return len(self.copies)
+
+    def arrive(self, mark: object) -> None:
+        assert isinstance(mark, int)
+        self.waited.append(mark)
+
+
+def test_an_update_does_not_wait_until_the_round_before_has_left() -> None:
+    """Rounds of one parameter with two averages each: the next one comes before the update, and goes behind it."""
+    engine = Engine(build(num_layers=2), Mesh.single(), seed=0)
+    optimizer, host = optim(kind="adamw").build(engine), Queue()
+    optimizer.states = HostStates(host, 1e-9)
+    rounds = len(list(engine.held()))
+    for held in engine.held():
+        held.parameter.grad = torch.ones_like(held.parameter)
+    optimizer.step(0.01)
+    assert host.copies == 2 * ["comes"] + (rounds - 1) * (2 * ["comes"] + 2 * ["goes"]) + 2 * ["goes"]
+    # Round i has come behind i rounds that came and i - 2 that went: that of i - 1 goes behind it.
+    assert host.waited == [2, *(4 * index for index in range(1, rounds))]
+
+
 def test_what_is_read_between_steps_is_the_host_s_copy() -> None:
     engine = Engine(build(num_layers=2), Mesh.single(), seed=0)
     optimizer = optim(kind="adamw", offload=1e-9).build(engine)

@@ -58,23 +58,24 @@ class HostStates(States):
 
     def rounds(self, parameters: list[Held], first: First) -> Iterator[list[Held]]:
         parts = list(self._parts(parameters))
-        coming = self._fetch(parts[0], first) if parts else {}
+        coming, came = self._fetch(parts[0], first) if parts else ({}, None)
         for index, part in enumerate(parts):
-            # The part before this one has left by then, and only now may its memory be used again.
-            self._host.arrive()
+            self._host.arrive(came)  # for this part, and not for the one before it, which is leaving
             self._here = coming
-            coming = self._fetch(parts[index + 1], first) if index + 1 < len(parts) else {}
+            coming, came = self._fetch(parts[index + 1], first) if index + 1 < len(parts) else ({}, None)
             yield part
             self._send()
-        self._host.arrive()
         self._here = {}
 
-    def _fetch(self, part: list[Held], first: First) -> dict[Tensor, State]:
+    def _fetch(self, part: list[Held], first: First) -> tuple[dict[Tensor, State], object]:
+        """The part's state, and the mark to wait for. Copies go in the order of the calls, so that it comes into the
+        memory of what has left by then."""
         waiting = {held.parameter: self._waiting(held, first) for held in part}
-        return {
+        coming = {
             parameter: {key: self._host.back(x) if x.shape else x for key, x in state.items()}
             for parameter, state in waiting.items()
         }
+        return coming, self._host.mark()
 
     def _send(self) -> None:
         for parameter, state in self._here.items():
