@@ -123,6 +123,7 @@ class Engine(Holdings):
             memory.apply(model)
             for layer in model.blocks:
                 layer.keeper.apart = data.holds_units(layer)
+                layer.keeper.across = max(mesh.config.tp, mesh.config.cp, mesh.config.expert_ranks) > 1
             if compile:
                 compile_layers(model)
         self.copies = [ComputeCopies(model, dtype, mesh.config.splits_backward) for model in self.models]

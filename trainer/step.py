@@ -32,7 +32,8 @@ class Stepper:
         where: Whereabouts,
     ) -> None:
         self._config, self._engine, self._optimizer, self._data = config, engine, optimizer, data
-        self._warn, self._warned, self._where = warn, False, where
+        self._warn, self._where = warn, where
+        self._warned: dict[str, float] = {}
         self._faults = Faults(config.train.faults, engine, Path(config.run.dir), warn)
         mesh = engine.mesh
         self._flops = cost(config.model, config.data.sequence_length).flops_per_token
@@ -66,9 +67,9 @@ class Stepper:
         if config.train.check_replicas and state.step % config.train.check_replicas == 0:
             refuse_differences(engine, state.step)
         memory = config.memory.report(out.stats)
-        if not self._warned and (sentence := config.memory.warning(memory)):
+        if sentence := config.memory.warning(memory, self._warned, config.model.residual.exact):
             self._warn(sentence)
-            self._warned = True
+            self._warned = memory
         if not good:
             return state, None, out.votes > 0
         seconds = time.perf_counter() - began

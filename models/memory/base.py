@@ -48,8 +48,9 @@ class MemoryConfig(Plugin, slot="memory", folder="models.memory"):
         """What a step's statistics say of it, by name."""
         return {}
 
-    def warning(self, report: Mapping[str, float]) -> str | None:
-        """A sentence for whom the step's report should worry."""
+    def warning(self, report: Mapping[str, float], warned: Mapping[str, float], exact: bool) -> str | None:
+        """A sentence for whom the step's report should worry. warned: the report of the last one. exact: the residual
+        promises to be undone bit for bit."""
         return None
 
     def keepers(self, layers: "list[Layer]", config: LMConfig) -> Iterable[Keeper]:

@@ -51,10 +51,11 @@ class ByLetterConfig(MemoryConfig, kind="by_letter"):
         return next((kind.uncompiled for kind in self.kinds_used() if kind.uncompiled), "")
 
     def refuse(self, model: "LM") -> None:
-        pattern = model.config.pattern
-        if unused := [letter for letter in self.letters if letter not in pattern]:
+        known = model.config.layers
+        if unused := [letter for letter in self.letters if letter not in known]:
             raise ValueError(
-                f"letters has {unused[0]!r}, which the pattern {pattern!r} does not; take it out, or use one that has"
+                f"letters has {unused[0]!r}, which is no layer of the pattern {model.config.pattern!r}; use "
+                f"{', '.join(sorted(known))}, or take it out"
             )
         for kind in self.kinds_used():
             kind.refuse(model)
@@ -72,5 +73,6 @@ class ByLetterConfig(MemoryConfig, kind="by_letter"):
     def report(self, stats: Mapping[str, Tensor]) -> dict[str, float]:
         return {name: value for kind in self.kinds_used() for name, value in kind.report(stats).items()}
 
-    def warning(self, report: Mapping[str, float]) -> str | None:
-        return next((sentence for kind in self.kinds_used() if (sentence := kind.warning(report))), None)
+    def warning(self, report: Mapping[str, float], warned: Mapping[str, float], exact: bool) -> str | None:
+        sentences = (kind.warning(report, warned, exact) for kind in self.kinds_used())
+        return next((sentence for sentence in sentences if sentence), None)

@@ -50,7 +50,7 @@ class PinnedHost(Host):
 
     def back(self, waiting: Tensor) -> Tensor:
         # Made of the copies' memory. What is freed of it is used again by a later copy alone, which follows the copies
-        # before it and waits for all that the computation has been given by then: nobody need hold it until it has left.
+        # before it and waits for all that the computation has been given by then: nobody need hold it for longer.
         with torch.cuda.stream(self.stream):
             x = torch.empty_like(waiting, device=self.device)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))

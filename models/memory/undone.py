@@ -98,8 +98,8 @@ class Again(NamedTuple):
 class Call:
     """One forward pass of a layer. taken: the entries that it takes, of which `streams` are computed back. written:
     what it hands on. sides: the taken entries that are kept; inputs, behind: streams that are, where there is need.
-    drift: what `difference` says, once the backward pass is there; None where it would be 0. before: the call of the
-    layer in front, where its turn is prepared.
+    drift: what `difference` says, once the backward pass is there; None where arithmetic makes it 0. before: the call
+    of the layer in front, where its turn is prepared.
     """
 
     def __init__(self, keeper: Undone, layer: "Layer", state: State, side: Side, local: Side) -> None:
@@ -119,15 +119,16 @@ class Call:
         self.sides: State = {}
         self.inputs: State = {}
         self.behind: State = {}
-        measured = not keeper.index and not keeper.chain.exact
+        # On a grid too where ranks add up: nothing but the collectives' repeating themselves makes the sums equal ones.
+        measured = not keeper.index and (keeper.across or not keeper.chain.exact)
         self.drift = upcast(state[self.streams[0]].new_zeros(2)) if measured else None
 
     def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What is written, then losses."""
         given = dict(zip(self.taken, tensors, strict=False))
         state, self.extras = self.layer.run(given, *self.both(self.choices))
-        # Streams that the layer only reads are handed on too, so that all gradients of a stream are added one by one from
-        # the last to the first, as without undoing, and not those of this layer by themselves.
+        # Streams that the layer only reads are handed on too, so that all gradients of a stream are added one by one
+        # from the last to the first, as without undoing, and not those of this layer by themselves.
         made = {name: x for name, x in state.items() if name in self.streams or x is not given.get(name)}
         kept = {name: x for name, x in made.items() if name in self.layer.keep}
         self.written, self.losses = tuple(kept), tuple(self.extras.losses)

@@ -137,42 +137,6 @@ def test_odd_and_even_depths(depth: int, residual: str, kind: MemoryConfig) -> N
         assert check.error(found.gradients[name], gradient) < 1e-12, name
 
 
-ON_GRID: dict[str, dict[str, Any]] = {
-    "reversible": {"kind": "reversible"},
-    "midpoint": {"kind": "midpoint"},
-    **{f"split{count}": {"kind": "multi_split", "streams": count} for count in (2, 3, 5)},
-}
-
-
-def refuse_differing_bits(config: LMConfig, dtype: torch.dtype) -> None:
-    """What is rebuilt on a grid is what was there, and its gradients are added up in one order: none differs in a bit."""
-    plain = step(config, NoneConfig(), dtype)
-    for kept in (ReversibleConfig(), PaRepropConfig()):
-        found = step(config, kept, dtype)
-        assert plain.loss == found.loss
-        differing = [name for name, gradient in plain.gradients.items() if not torch.equal(found.gradients[name], gradient)]
-        assert not differing, (kept.kind, len(differing), len(plain.gradients))
-
-
-@pytest.mark.parametrize("residual", ["reversible", "midpoint", "split3"])
-def test_bit_for_bit_on_a_grid_at_depth_96(residual: str) -> None:
-    refuse_differing_bits(build(pattern="A", repeat=96, residual={**ON_GRID[residual], "grid_bits": 14}), torch.float32)
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3, 8])
-@pytest.mark.parametrize("residual", ON_GRID)
-def test_bit_for_bit_at_odd_and_even_depths(residual: str, depth: int) -> None:
-    config = build(pattern="A", repeat=depth, residual={**ON_GRID[residual], "grid_bits": 14})
-    refuse_differing_bits(config, torch.float32)
-
-
-@pytest.mark.parametrize("norm", ["pre", "peri", "post"])
-@pytest.mark.parametrize("residual", ON_GRID)
-def test_bit_for_bit_beside_bfloat16_branches(residual: str, norm: str) -> None:
-    config = build(**HYBRID, residual={**ON_GRID[residual], "grid_bits": 14}, values="resformer", norm=norm)
-    refuse_differing_bits(config, torch.bfloat16)
-
-
 def test_memory_does_not_grow_with_depth() -> None:
     """Undone layers: less than a hundredth of what a layer takes where all is kept. Stretches: less than layers."""
     most: dict[str, list[int]] = {}
@@ -185,6 +149,34 @@ def test_memory_does_not_grow_with_depth() -> None:
     assert growth["reversible"] < 0.01 * growth["none"]
     assert growth["offload"] == growth["offload_full"] == 0
     assert growth["sqrt"] < growth["full"] < 0.1 * growth["none"] < growth["selective"] < 0.7 * growth["none"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--memory nosuch", "argument --memory: 'nosuch' is none of none, selective, full,"),
+        ("--layers 0", "argument --layers: '0' is no whole number from 1 to"),
+        ("--layers 4,,8", "argument --layers: '' is no whole number"),
+        ("--memory full --plot x.svg", "--plot draws times over those of none; add none to --memory"),
+        ("--plot no/such/x.svg", "argument --plot: there is no folder no/such"),
+    ],
+)
+def test_what_the_measurement_refuses(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["memory", *words.split()])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert message in capsys.readouterr().err
+
+
+def test_depths_that_are_named_twice_are_measured_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["memory", *"--layers 1,1 --memory none,sqrt --rounds 1".split()])
+    assert bench.main() == 0
+    out = capsys.readouterr().out
+    assert out.count("1 layers") == 2 and "of none's time, the median of the depths; published: 1.30 measured" in out
 
 
 def test_stretches_are_as_long_as_pays() -> None:
@@ -226,11 +218,14 @@ def test_frozen_parameters() -> None:
     [
         ({"residual": "hyper"}, "", ReversibleConfig(),
          "memory reversible undoes layers, and residual hyper cannot be undone; use one that can, such as midpoint, "
-         "multi_split or reversible, or memory full"),
+         "midpoint_smoothed, multi_split or reversible, or memory full"),
         ({"residual": "reversible", "depth": "skip_middle"}, "", ReversibleConfig(),
          "depth skip_middle looks at their inputs; use depth full, or memory full"),
         ({}, "", ByLetterConfig({"B": FullConfig()}),
-         "letters has 'B', which the pattern 'A' does not; take it out, or use one that has"),
+         "letters has 'B', which is no layer of the pattern 'A'; use A, or take it out"),
+        (HYBRID, "", ByLetterConfig({HYBRID["pattern"]: FullConfig()}),
+         f"letters has {HYBRID['pattern']!r}, which is no layer of the pattern"),
+        ({}, "", ByLetterConfig({"": FullConfig()}), "letters has '', which is no layer of the pattern"),
         ({}, "", ByLetterConfig({"A": ReversibleConfig()}), "residual plain cannot be undone"),
         ({"residual": "reversible"}, "pp=2,schedule=zbv", ByLetterConfig({"A": ReversibleConfig()}),
          "use schedule 1f1b or interleaved"),
@@ -273,6 +268,9 @@ def test_what_waits_comes_back_a_layer_ahead() -> None:
         events.append(f"leave {loads.index(load)}")
         leave(load)
 
+    def marked(_: Host) -> int:
+        return [int(event.removeprefix("fetch ")) for event in events if event.startswith("fetch")][-1]
+
     def arrived(_: Host, mark: object) -> None:
         if f"wait {mark}" not in events:
             events.append(f"wait {mark}")
@@ -285,7 +283,7 @@ def test_what_waits_comes_back_a_layer_ahead() -> None:
         mock.patch.object(Trail, "load", lambda self, *args: loads.append(made := make(self, *args)) or made),
         mock.patch.object(Load, "fetch", fetched),
         mock.patch.object(Load, "leave", left),
-        mock.patch.object(Host, "mark", lambda _: [int(event[6:]) for event in events if event.startswith("fetch")][-1]),
+        mock.patch.object(Host, "mark", marked),
         mock.patch.object(Host, "arrive", arrived),
     ):
         engine.step_gradients(batch, 1)

@@ -1,5 +1,6 @@
 """States computed back without a grid are other ones: by how much is measured, and choices are not made anew."""
 
+import itertools
 from collections import defaultdict
 from typing import Any
 from unittest import mock
@@ -18,10 +19,11 @@ from models.memory.undone import DRIFT, Again, Call, Gradients
 from models.mixers.lsh import LSH
 from models.residual.fixed_point import GridConfig
 from models.state import State
-from parallel import check
+from parallel import check, collectives
 from parallel.engine import Engine
-from parallel.mesh import Mesh, MeshConfig
-from tests.contract.tiny import build, plain
+from parallel.mesh import Mesh, MeshConfig, Ranks
+from parallel.testing import Pool
+from tests.contract.tiny import HYBRID, build, plain
 
 EXPERTS = {
     **{kind: {"kind": "moe", "num_experts": 4, "hidden": 8, "router": {"kind": kind, **cls.example},
@@ -111,7 +113,17 @@ def test_drift_is_the_error_of_the_last_state_rebuilt(residual: str) -> None:
     for dtype, (least, most) in expected.items():
         found = drift(engine(dtype, pattern="A", repeat=24, residual=residual))
         assert least < found < most, dtype
-        assert bool(ReversibleConfig().warning({"drift": found})) == (dtype == torch.bfloat16)
+        assert bool(ReversibleConfig().warning({"drift": found}, {}, exact=False)) == (dtype == torch.bfloat16)
+
+
+def test_a_drift_that_grew_tenfold_is_told_again() -> None:
+    kept = ReversibleConfig(alarm=1e-3)
+    assert kept.warning({"drift": 9e-3}, {"drift": 1e-3}, exact=False) is None
+    sentence = kept.warning({"drift": 1.1e-2}, {"drift": 1e-3}, exact=False)
+    assert sentence is not None and "a relative error of 1.1e-02, above its alarm of 1.0e-03" in sentence
+    assert kept.warning({"drift": 1e-2}, {}, exact=False) and not kept.warning({"drift": 0.0}, {}, exact=True)
+    sentence = kept.warning({"drift": 1e-9}, {}, exact=True)
+    assert sentence is not None and "look for a collective that does not repeat itself" in sentence
 
 
 def test_drift_is_that_of_what_was_there() -> None:
@@ -131,6 +143,37 @@ def test_no_drift_on_a_grid() -> None:
     """It is not even measured."""
     found = step(engine(residual={"kind": "reversible", "grid_bits": 40}))
     assert ReversibleConfig().report(found.statistics) == {}
+
+
+def drift_on(mesh: MeshConfig, residual: str, unsteady: bool) -> dict[str, float]:
+    """Of a model on a grid. unsteady: no two sums over ranks come out alike."""
+    config = build(**HYBRID, residual={"kind": residual, "grid_bits": 14})
+    calls, plain_sum = itertools.count(), collectives.reduce_scatter
+
+    def summed(x: Tensor, dim: int, ranks: Ranks) -> Tensor:
+        return plain_sum(x, dim, ranks) + unsteady * 1e-3 * next(calls)
+
+    with mock.patch.object(collectives, "reduce_scatter", summed):
+        place = Mesh(mesh)
+        built = Engine(config, place, seed=0, memory=ReversibleConfig())
+        settings = check.Settings(dtype=torch.float32)
+        count = check.micro_batches(mesh, settings)
+        batch = check.share(check.make_batch(config, mesh, settings), count, place.data_rank, place.data_size)
+        return ReversibleConfig().report(check.take_step(built, batch, count, None, settings).statistics)
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "ep=2,fsdp=2", "cp=2", "cp=2,context=ring", "fsdp=2", "tp=2,pp=2"])
+def test_sums_over_ranks_on_a_grid_come_out_twice_alike(mesh: str, pool: Pool) -> None:
+    """Which is measured, where there are any."""
+    parsed = MeshConfig.parse(mesh)
+    for residual in ("reversible", "midpoint"):
+        found = pool.run(drift_on, parsed.world_size, parsed, residual, False)
+        assert all(report == ({} if mesh == "fsdp=2" else {"drift": 0.0}) for report in found)
+
+
+def test_a_sum_over_ranks_that_does_not_repeat_itself_is_seen(pool: Pool) -> None:
+    for report in pool.run(drift_on, 2, MeshConfig(tp=2), "reversible", True):
+        assert ReversibleConfig().warning(report, {}, exact=True)
 
 
 @pytest.mark.parametrize("residual", ["reversible", "midpoint", "multi_split"])

@@ -68,7 +68,7 @@ def test_a_run_with_experts_reports_their_loads(data: Path, tmp_path: Path) -> N
     assert all(0.2 <= loads[f"dropped/layers.{index}"] < 1 for index in range(2)), "a fifth finds no room at best"
 
 
-def test_drift_is_reported_and_warned_of_once(data: Path, tmp_path: Path) -> None:
+def test_drift_is_reported_and_warned_of_until_it_grows_tenfold(data: Path, tmp_path: Path) -> None:
     config = runs.run_config(data, tmp_path / "run", steps=3)
     model = dataclasses.replace(config.model, residual=ReversibleResidual())
     _, said = runs.run(dataclasses.replace(config, model=model, memory=ReversibleConfig(alarm=1e-12)))

@@ -71,7 +71,7 @@ class HostStates(States):
         """The part's state, and the mark to wait for. Copies go in the order of the calls, so that it comes into the
         memory of what has left by then."""
         waiting = {held.parameter: self._waiting(held, first) for held in part}
-        coming = {
+        coming: dict[Tensor, State] = {
             parameter: {key: self._host.back(x) if x.shape else x for key, x in state.items()}
             for parameter, state in waiting.items()
         }
