@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.structure import instantiate
-from models.config import LMConfig
+from models.config import MOST_LAYERS, LMConfig
 from models.lm import LM
 from models.memory.base import MemoryConfig
 from models.memory.host import Host
@@ -37,8 +37,13 @@ from models.params import initialize
 from trainer.progress import counting
 
 WIDTH, LENGTH, BATCH = 64, 128, 2
-# One more forward pass is a third of a step's FLOPs; what the papers saw.
-PUBLISHED = "published: reversible +33 % FLOPs (one more forward pass), sublinear +30 % (arXiv 1604.06174)"
+# Time over none's. One more forward pass is a third of a step's FLOPs; what the paper on stretches saw.
+PUBLISHED = {
+    "full": "1.33 by FLOPs: one more forward pass",
+    "sqrt": "1.30 measured (arXiv 1604.06174)",
+    "reversible": "1.33 by FLOPs: one more forward pass",
+    "pareprop": "up to 1.2 times reversible's speed on a GPU (arXiv 2306.09342)",
+}
 
 # Tensors of a model of this width are small.
 MODES: dict[str, dict[str, Any]] = {
@@ -165,15 +170,56 @@ def plot(found: list[Row], file: Path) -> None:
     pyplot.close(figure)
 
 
+def kind_names(text: str) -> list[str]:
+    names = text.split(",")
+    if wrong := [name for name in names if name not in MODES]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(MODES)}")
+    return list(dict.fromkeys(names))
+
+
+def depth_numbers(text: str) -> list[int]:
+    """In order, each once."""
+    return sorted({positive(part) for part in text.split(",")})
+
+
+def positive(text: str) -> int:
+    if not text.strip().isdecimal() or not 1 <= int(text) <= MOST_LAYERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MOST_LAYERS}")
+    return int(text)
+
+
+def report(found: list[Row], kinds: list[str], depths: list[int]) -> None:
+    base = {row["layers"]: row["step_s"] for row in found if row["memory"] == "none"}
+    for row in found:
+        ratio = f", {row['step_s'] / base[row['layers']]:.2f} of none's" if base else ""
+        print(
+            f"{row['layers']:4} layers  {row['memory']:12} {row['activation_bytes'] / 2**20:8.2f} MiB, between "
+            f"passes {row['kept_bytes'] / 2**20:8.2f} MiB, {row['step_s']:.3f} s{ratio}"
+        )
+    for kind in kinds:
+        own = [row for row in found if row["memory"] == kind]
+        if len(depths) > 1:
+            growth = (own[-1]["activation_bytes"] - own[0]["activation_bytes"]) / (depths[-1] - depths[0])
+            print(f"{kind:12} {growth / 1024:10.1f} KiB per layer")
+    for kind in kinds if base else ():
+        ratios = [row["step_s"] / base[row["layers"]] for row in found if row["memory"] == kind]
+        published = f"; published: {PUBLISHED[kind]}" if kind in PUBLISHED else ""
+        print(f"{kind:12} {statistics.median(ratios):10.2f} of none's time, the median of the depths{published}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="4,8,16,32,64,128", help="default: %(default)s")
-    parser.add_argument("--memory", default=",".join(MODES), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--layers", type=depth_numbers, default="4,8,16,32,64,128", help="default: %(default)s")
+    parser.add_argument("--memory", type=kind_names, default=",".join(MODES), help="default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed steps of each (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them")
     args = parser.parse_args()
-    depths, kinds = [int(x) for x in args.layers.split(",")], args.memory.split(",")
+    depths, kinds = args.layers, args.memory
+    if args.plot and not args.plot.parent.is_dir():
+        parser.error(f"argument --plot: there is no folder {args.plot.parent}")
+    if args.plot and "none" not in kinds:
+        parser.error("--plot draws times over those of none; add none to --memory")
     found: list[Row] = []
     with counting(Console(stderr=True), "depths", len(depths)) as advance:
         for layers in depths:
@@ -182,15 +228,7 @@ def main() -> int:
     if args.json:
         print(json.dumps(found, indent=1))
     else:
-        for row in found:
-            print(
-                f"{row['layers']:4} layers  {row['memory']:12} {row['activation_bytes'] / 2**20:8.2f} MiB, between "
-                f"passes {row['kept_bytes'] / 2**20:8.2f} MiB, {row['step_s']:.3f} s"
-            )
-        for kind in kinds if len(depths) > 1 else ():
-            own = [row["activation_bytes"] for row in found if row["memory"] == kind]
-            print(f"{kind:12} {(own[-1] - own[0]) / (depths[-1] - depths[0]) / 1024:10.1f} KiB per layer")
-        print(PUBLISHED)
+        report(found, kinds, depths)
     if args.plot:
         plot(found, args.plot)
     return 0
