@@ -47,10 +47,17 @@ class Report:
 
 
 def convert(
-    plan: Plan, mesh: Mesh, out: Path, steps: int, limit: int | None, console: Console, say: Callable[[str], object]
+    plan: Plan,
+    mesh: Mesh,
+    out: Path,
+    steps: int,
+    limit: int | None,
+    console: Console,
+    say: Callable[[str], object],
+    warn: Callable[[str], object],
 ) -> Report:
     """Write the folder `out` (a collective). limit: held-out sequences to evaluate on (default: all). say: is told each
-    loss as it is known.
+    loss as it is known. warn: that the distillation did harm, if it did.
 
     Raises FloatingPointError where the distillation breaks down, and OSError where `out` cannot be written; it does not
     exist then.
@@ -84,6 +91,11 @@ def convert(
             f"after {steps} steps of distillation: held-out loss {distilled:.4f}; divergence from the source "
             f"{divergences[0]:.4f} in the first step, {divergences[-1]:.4f} in the last"
         )
+        if not distilled <= converted:
+            warn(
+                f"the distillation left the model worse ({distilled:.4f}) than as converted ({converted:.4f}): give "
+                f"more --steps than {steps}, or lower optim.lr, which is {config.optim.lr:g}; --steps 0 converts alone"
+            )
     write(student, plan.target, out)
     return Report(source, converted, distilled)
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
     words = "such as model.residual.grid_bits=14 or optim.lr=1e-4"
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=words)
-    parser.add_argument("--residual", metavar="KIND", required=True, help="such as midpoint or reversible")
+    parser.add_argument("--residual", metavar="KIND", required=True, help="such as midpoint_smoothed or reversible")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of distillation (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate on the first N held-out sequences only")
     parser.add_argument("--mesh", help="such as fsdp=2 (default: one process; under torchrun the run's)")
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             request.limit,
             console,
             lambda text: print(text, flush=True) if main and not args.json else None,
+            warn,
         )
     if main:
         print(json.dumps(dataclasses.asdict(report)) if args.json else f"saved {args.out}")

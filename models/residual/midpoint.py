@@ -37,7 +37,11 @@ class MidpointResidual(GridConfig, kind="midpoint"):
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         if branch == "mixer":
             return MidpointStart(ctx.d_model, self.grid_bits)
-        return MidpointEnd(ctx.d_model, self.step if ctx.index == 0 else 2 * self.step, self.grid_bits)
+        return MidpointEnd(ctx.d_model, self.factor(ctx.index), self.grid_bits)
+
+    def factor(self, index: int) -> float:
+        """Of what layer `index` adds."""
+        return self.step if index == 0 else 2 * self.step
 
     def open(self, d_model: int) -> Opener:
         return CopiesOnGrid(d_model, self.grid_bits, ("x", "previous"))

@@ -108,6 +108,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "hyper_fractional": ({"fractions": 2, "streams": 2},),
     "desync": ({"ranks": 2}, {"ranks": 2, "every": 4}, {"ranks": 4, "every": 3}),
     "midpoint": ({"step": 0.5, "grid_bits": 40},),
+    "midpoint_smoothed": ({"step": 0.5, "grid_bits": 40},),
     "mhc": ({"streams": 2, "iterations": 3},),
     "mhc_per_stream": ({"streams": 3, "iterations": 1},),
     "mhc_lite": ({"streams": 3},),

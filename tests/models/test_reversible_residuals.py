@@ -10,6 +10,7 @@ from models.lm import LM
 from models.params import initialize
 from models.residual.fixed_point import check_bits, on_grid
 from models.residual.midpoint import MidpointResidual
+from models.residual.midpoint_smoothed import SmoothedMidpointResidual
 from models.residual.multi_split import MultiSplitResidual
 from models.residual.reversible import ReversibleResidual
 from models.state import State
@@ -101,6 +102,19 @@ def test_midpoint_steps_over_what_plain_layers_add() -> None:
     state = midpoint_steps(kind, layers, kind.open(8)(first))
     torch.testing.assert_close(kind.close(8, 4)(state), streams[-1], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(state["previous"], streams[-2], rtol=1e-13, atol=1e-13)
+
+
+def test_the_smoothed_midpoint_s_mean_takes_single_steps() -> None:
+    kind, layers = SmoothedMidpointResidual(step=0.3), midpoint_layers(5, 8, torch.float64)
+    first = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before, now, mean = first, first, first
+    for mixer, ffn in layers:
+        plain = now + mixer(now)
+        added = plain + ffn(plain) - now
+        before, now, mean = now, before + 2 * 0.3 * added, mean + 0.3 * added
+    state = midpoint_steps(kind, layers, kind.open(8)(first))
+    torch.testing.assert_close(state["x"], now, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(kind.close(8, 5)(state), mean, rtol=1e-13, atol=1e-13)
 
 
 def test_midpoint_streams_on_a_grid_are_restored_bit_for_bit() -> None:

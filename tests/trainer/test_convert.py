@@ -50,7 +50,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("kind", ["midpoint", "reversible"])
+@pytest.mark.parametrize("kind", ["midpoint_smoothed", "midpoint", "reversible"])
 def test_distillation_brings_the_loss_back(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, source: Path, kind: str
 ) -> None:
@@ -82,11 +82,26 @@ def test_without_steps_it_converts_only(capsys: pytest.CaptureFixture[str], tmp_
     assert plain.keys() == made.keys() and all(torch.equal(plain[name], made[name]) for name in plain)
 
 
+def test_a_distillation_that_did_harm_is_told_of(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, source: Path
+) -> None:
+    """And what it made is saved all the same."""
+    out, words = tmp_path / "out", ("--residual", "midpoint", "--steps", "2", "--limit", "4", "--json")
+    assert main(["convert", str(source), str(out), *words, "optim.lr=3"]) == 0
+    report, err = capsys.readouterr()
+    losses = json.loads(report)
+    assert losses["distilled"] > losses["converted"] and (out / "config.yaml").exists()
+    assert (
+        f"weft: warning: the distillation left the model worse ({losses['distilled']:.4f}) than as converted ("
+        f"{losses['converted']:.4f}): give more --steps than 2, or lower optim.lr, which is 3; --steps 0 converts alone"
+    ) in err
+
+
 def converted(source: Path, out: Path, mesh: MeshConfig) -> convert.Report:
     """As a rank of a mesh does."""
     overrides = ("train.micro_batch=4", "train.dtype=float64")
     planned = plan(Request(source, out, "reversible", 3, overrides), mesh, lambda _: None)
-    return convert.convert(planned, Mesh(mesh), out, 3, 5, Console(quiet=True), lambda _: None)
+    return convert.convert(planned, Mesh(mesh), out, 3, 5, Console(quiet=True), print, print)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(dp=2), MeshConfig(fsdp=2)], ids=str)
@@ -128,7 +143,7 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path, source: Pa
 
     assert said_of("ladder") == (
         "residual ladder cannot be undone, and models are converted to ones that can; give one of those, such as "
-        "midpoint, multi_split or reversible"
+        "midpoint, midpoint_smoothed, multi_split or reversible"
     )
     assert said_of("plain").startswith("residual plain cannot be undone")
     assert said_of("reversibel").startswith("unknown residual kind 'reversibel'; did you mean 'reversible'?")
