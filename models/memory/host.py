@@ -59,7 +59,9 @@ class PinnedHost(Host):
         return x
 
     def mark(self) -> torch.cuda.Event:
-        return self.stream.record_event()
+        mark = torch.cuda.Event()
+        mark.record(self.stream)
+        return mark
 
     def arrive(self, mark: object) -> None:
         assert isinstance(mark, torch.cuda.Event)
