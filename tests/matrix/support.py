@@ -89,15 +89,20 @@ def pairs(rows: Sequence[Choices], apart: Mapping[Choices, str], notes: Notes) -
     return [*lines, ""]
 
 
-def page(found: Mapping[Cell, Record], rows: Sequence[Choices], apart: Mapping[Choices, str], code: str) -> str:
-    """The whole page. Raises Holes where a cell has no record, or one that says that it is wrong."""
-    cells_of_rows = [Cell(COMBINATION, " ".join(kind for _, kind in row), "") for row in rows]
-    due = [*cells.on_meshes(), *cells_of_rows]
+def check_all(found: Mapping[Cell, Record], due: Sequence[Cell]) -> None:
+    """Raise Holes where a cell has no record, or one that says that it is wrong."""
     if missing := [cell for cell in due if cell not in found]:
         raise Holes(f"{len(missing)} of {len(due)} cells have no record of this code, {missing[0]} for one")
     if wrong := [found[cell] for cell in due if found[cell].outcome == "wrong"]:
         reasons = "\n".join(f"{record.cell} on {record.mesh}: {record.reason}" for record in wrong)
         raise Holes(f"{len(wrong)} of {len(due)} cells are wrong:\n{reasons}\nMend them")
+
+
+def page(found: Mapping[Cell, Record], rows: Sequence[Choices], apart: Mapping[Choices, str], code: str) -> str:
+    """The whole page. Raises Holes."""
+    cells_of_rows = [Cell(COMBINATION, " ".join(kind for _, kind in row), "") for row in rows]
+    due = [*cells.on_meshes(), *cells_of_rows]
+    check_all(found, due)
     counted = Counter(found[cell].outcome for cell in due)
     notes = Notes()
     lines = [
@@ -115,8 +120,8 @@ def main(folder: str, to: str) -> None:
     code = records.code_version()
     found = records.read(Path(folder), code)
     try:
-        if not found:
-            raise Holes(f"{folder} has no record of this code")
+        # First without the combinations, which take some ten seconds to find.
+        check_all(found, cells.on_meshes())
         text = page(found, *covering.array(), code)
     except Holes as holes:
         sys.exit(f"{to} is not written: {holes}; `make support` goes on where it stopped")

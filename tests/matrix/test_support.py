@@ -82,7 +82,7 @@ def test_without_records_nothing_is_written(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.matrix.support", str(tmp_path), str(tmp_path / "support.md")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1 and not list(tmp_path.iterdir())
-    assert "has no record of this code" in done.stderr and "`make support` goes on" in done.stderr
+    assert "cells have no record of this code" in done.stderr and "`make support` goes on" in done.stderr
 
 
 @pytest.mark.skipif(not (ROOT / "docs" / "support.md").exists(), reason="the page has not been written yet")
