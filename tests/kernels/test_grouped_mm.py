@@ -53,3 +53,14 @@ def test_takes_the_expanded_gradient_of_a_sum(dtype: torch.dtype) -> None:
 def test_takes_rows_that_are_not_contiguous() -> None:
     a, b = torch.randn(8, 6).T, torch.randn(2, 8, 8)
     torch.testing.assert_close(grouped_mm(a, b, torch.tensor([4, 2])), by_row(a, b, torch.tensor([4, 2])))
+
+
+@pytest.mark.parametrize("width", [7, 8])
+def test_shapes_are_known_on_meta(width: int) -> None:
+    """Where counts have no numbers; memories that measure layers go by it."""
+    a_MK = torch.empty(5, width, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    b_EKN = torch.empty(3, width, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    out_MN = grouped_mm(a_MK, b_EKN, torch.empty(3, dtype=torch.int64, device="meta"))
+    assert out_MN.shape == (5, 16)
+    out_MN.sum().backward()
+    assert a_MK.grad is not None and b_EKN.grad is not None and b_EKN.grad.shape == b_EKN.shape
