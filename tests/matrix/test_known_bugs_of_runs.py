@@ -24,6 +24,9 @@ from trainer.data.training import TrainingData
 from trainer.faults import Faults, FaultsConfig
 from trainer.signals import Stop
 
+# Each is a run or more, of code that the everyday tests hold by themselves.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
