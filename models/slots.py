@@ -151,14 +151,17 @@ class Values(nn.Module):
 class Connection(nn.Module):
     """One sublayer's tie to the state. `reads` and `writes` name the entries it owns; it passes on all others.
 
-    num_views: 3 when query, key and value inputs differ. by_rank: so many tensor ranks each run their part of the
-    branch on an input of its own; views and outputs are [B, T, R, D] for the R that are here, over the group's tokens.
+    num_views: 3 when query, key and value inputs differ. land: what a branch's output goes through before it is used;
+    under a residual that `lands` it may still be under way when `write` gets it. by_rank: so many tensor ranks each run
+    their part of the branch on an input of its own; views and outputs are [B, T, R, D] for the R that are here, over
+    the group's tokens.
     """
 
     reads: tuple[str, ...] = ("x",)
     writes: tuple[Entry, ...] = ()
     num_views: int = 1
     by_rank: int | None = None
+    land: Callable[[Tensor], Tensor] = staticmethod(lambda out_BTD: out_BTD)
 
     def read(self, state: State) -> tuple[Views, State]:
         """Returns (branch inputs, what `write` needs again)."""
@@ -249,7 +252,8 @@ class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
     takes_shortcut: there is one identity path, which the shortcut's module can act on. starts_plain: with its initial
     parameters it computes what plain does, but for the scale that the last norm reads. one_norm: one for both branches.
     steps: the branches of a layer that can be undone together, in order; none of a residual that cannot be undone.
-    exact: undoing gives what was there, bit for bit. converted: its settings where a model that was trained with plain
+    exact: undoing gives what was there, bit for bit. lands: a branch's output may be under way until its connections
+    `land` it, which they do as late as they can. converted: its settings where a model that was trained with plain
     is given it.
     """
 
@@ -257,6 +261,7 @@ class ResidualConfig(Plugin, slot="residual", folder="models.residual"):
     starts_plain: ClassVar[bool] = False
     one_norm: ClassVar[bool] = False
     steps: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    lands: ClassVar[bool] = False
     converted: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @property

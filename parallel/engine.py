@@ -271,7 +271,7 @@ class Engine(Holdings):
         batch = pad(dataclasses.replace(batch, keys=None), self.mesh.config.sequence_multiple)
         with self._computing():
             if self.stages:
-                record = pipeline.relay(self.stages, self.mesh, batch.side(), self.dtype)
+                record = pipeline.relay(self.stages, self.mesh, batch.side())
             else:
                 record = pipeline.Record()
                 record.add(pipeline.forward(self.models[0], batch.side()))

@@ -29,10 +29,10 @@ TEXTS = ("hsdp", "schedule", "context", "stages")
 class MeshConfig:
     """Degrees of parallelism.
 
-    dp: replicas. fsdp: ranks that share one copy of the parameters. hsdp: "RxS", the same as dp=R with fsdp=S.
-    reshard: whether the parameters that FSDP gathers for a layer are freed after its forward pass and gathered again
-    for its backward pass (ZeRO-3), or stay in between (ZeRO-2). tp: tensor and sequence. overlap: with the ladder
-    residual every tensor rank holds all tokens between branches, whose sums are under way beside other branches. cp:
+    dp: replicas. fsdp: ranks that share one copy of the parameters. hsdp: "RxS", the same as dp=R with fsdp=S. reshard:
+    whether the parameters that FSDP gathers for a layer are freed after its forward pass and gathered again for its
+    backward pass (ZeRO-3), or stay in between (ZeRO-2). tp: tensor and sequence. overlap: every tensor rank holds all
+    tokens between branches, whose sums are under way beside other branches, under a residual that adds them later. cp:
     context. context: how its ranks mix along the sequence: ulysses exchanges heads for tokens around every mixer's
     core; ring leaves tokens in place, sends keys and values round, and states on. ep: experts, over ranks that the
     other degrees provide. etp: expert tensor, likewise: ranks that share an expert's width. ep_local: how many of those

@@ -6,11 +6,11 @@ from torch import nn
 
 from models.beside import Beside
 from models.branches import FFNBranch, MixerBranch
+from models.depth.base import DepthControl
 from models.lm import LM
 from models.memory.base import MemoryConfig
 from models.norms.base import Placement
-from models.residual.ladder import Ladder
-from models.slots import Mixer
+from models.slots import Mixer, ResidualConfig
 from models.state import Layout
 from models.sublayer import Sublayer
 from parallel.mesh import MeshConfig
@@ -29,16 +29,17 @@ def reasons(model: LM, mesh: MeshConfig, memory: MemoryConfig, compile: bool) ->
     config = model.config
     if mesh.tp == 1:
         yield "tp is 1: there are no sums over tensor ranks", "give tp too"
-    if memory.kind != "none":
+    if not config.residual.lands:
+        others = ResidualConfig.such_as(lambda kind: kind.lands)
+        yield f"residual {config.residual.kind} adds a branch's output at once", f"use another residual{others}"
+    if not memory.once:
         yield f"memory {memory.kind} runs parts of layers again, for which nothing is under way", "use memory none"
     if compile:
         yield "compiled layers cannot leave a sum under way", "leave train.compile out"
-    if config.depth.kind != "full":
-        yield f"depth {config.depth.kind} works on the rank's own tokens, and here they are all", "use depth full"
     for layer in model.blocks:
+        if type(layer.depth).forward is not DepthControl.forward:
+            yield f"depth {config.depth.kind} works on the rank's own tokens, and here they are all", "use depth full"
         for name, part in (("mixer", layer.mixer), ("ffn", layer.ffn)):
-            if not isinstance(part.connection, Ladder):
-                yield f"residual {config.residual.kind} adds a branch's output at once", "use residual ladder"
             if type(part.placement).after is not Placement.after:
                 yield f"layer {layer.index} has a norm behind its {name}, which needs the whole sum", "use norm pre"
             if not isinstance(part.scaling, nn.Identity):

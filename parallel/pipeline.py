@@ -190,30 +190,38 @@ def build_schedule(
     )
 
 
-@torch.no_grad()
-def relay(mine: list[Stage], mesh: Mesh, side: dict[str, Tensor], dtype: torch.dtype) -> Record:
-    """Forward through all stages in order, for evaluation (`schedule.eval` fails on V schedules).
+def walk(mine: list[Stage], mesh: Mesh, run: Callable[[Stage, tuple[Tensor, ...]], tuple[Tensor, ...]]) -> None:
+    """Through all stages in order, forward alone (`schedule.eval` fails on V schedules; all ranks call this together).
 
-    Returns what this rank's stages recorded: the loss is there on the rank of the last one.
+    run: from what a stage receives to what it sends, () behind the last. Shapes travel in front of the tensors: in
+    decoding they differ from call to call.
     """
-    batch, sequence = side["tokens"].shape
-    record = Record()
-    sent = []
-    carried: tuple[Tensor, ...] = ()
+    group, carried = mesh.pp.group, ()
     for stage in mine:
         index = stage.plan.index
-        stage.record = record
         source, target = owner(index - 1, mesh.config), owner(index + 1, mesh.config)
-        if index > 0 and source != mesh.pp.index:
-            meta = example(stage.plan.received, batch, sequence, mesh, dtype)
-            carried = tuple(torch.empty(m.shape, dtype=m.dtype, device=mesh.device) for m in meta)
+        if index and source != mesh.pp.index:
+            about: list[Any] = [None]
+            dist.recv_object_list(about, group=group, group_src=source)
+            carried = tuple(torch.empty(shape, dtype=dtype, device=mesh.device) for shape, dtype in about[0])
             for x in carried:
-                dist.recv(x, group=mesh.pp.group, group_src=source)
-        out = stage(*carried, **side)
-        carried = out if isinstance(out, tuple) else ()
+                dist.recv(x, group=group, group_src=source)
+        carried = run(stage, carried)
         if carried and target != mesh.pp.index:
-            sent += [(dist.isend(x, group=mesh.pp.group, group_dst=target), x) for x in carried]
-    for work, _ in sent:
-        assert work is not None
-        work.wait()
+            dist.send_object_list([[(x.shape, x.dtype) for x in carried]], group=group, group_dst=target)
+            for x in carried:
+                dist.send(x.contiguous(), group=group, group_dst=target)
+
+
+@torch.no_grad()
+def relay(mine: list[Stage], mesh: Mesh, side: dict[str, Tensor]) -> Record:
+    """Evaluation. Returns what this rank's stages recorded: the loss is there on the rank of the last one."""
+    record = Record()
+
+    def run(stage: Stage, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        stage.record = record
+        out = stage(*tensors, **side)
+        return out if isinstance(out, tuple) else ()
+
+    walk(mine, mesh, run)
     return record

@@ -1,10 +1,10 @@
 """Tensor parallelism whose sums are under way while the next branch computes, for residuals that leave them the time.
 
 Every tensor rank holds the stream of all tokens. A branch gathers nothing on entry; its partial sum is launched on
-exit, and waited for where the residual adds it: under the ladder residual one branch later (Zhang et al., arXiv
-2501.06589). Outside branches all tensor ranks compute the same. Each goes on with it in its own branches and, at the
-end, with its own tokens' loss, so that its gradient of the stream is one part of a sum, as everywhere (see
-`parallel.gradients`): the backward pass sums it on its way into a branch, while the branch before goes backward.
+exit, and waited for where the residual lands it: one branch later (arXiv 2501.06589). Outside branches all tensor ranks
+compute the same. Each goes on with it in its own branches and, at the end, with its own tokens' loss, so that its
+gradient of the stream is one part of a sum, as everywhere (see `parallel.gradients`): the backward pass sums it on its
+way into a branch, while the branch before goes backward.
 Shape suffixes: B batch, T sequence, D model width, V vocabulary.
 """
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from models.boundary import Boundary, Ends
 from models.lm import LM
-from models.residual.ladder import Ladder
 from models.state import Side, State, Views
 from parallel.collectives import all_gather_rows, reduce_scatter_rows, sum_all
 from parallel.in_flight import Flight, Started
@@ -128,13 +127,12 @@ def own_side(side: Side, tp: Ranks) -> Side:
 
 
 def parallelize(model: LM, tp: Ranks, heads: frozenset[str]) -> None:
-    """Set every branch's boundary, the ladder's places to wait, and the model's ends. heads: see
+    """Set every branch's boundary, where its output lands, and the model's ends. heads: see
     `parallel.tensor.over_heads`."""
     arrivals = Arrivals()
     model.ends = WholeEnds(tp, arrivals)
     for layer in model.blocks:
         for sublayer in (layer.mixer, layer.ffn):
-            assert isinstance(sublayer.connection, Ladder)
             sublayer.connection.land = arrivals.land
             gathered = sublayer.branch.entry == "gathered"
             sublayer.boundary = WholeBoundary(tp, heads, arrivals) if gathered else OwnTokensBoundary(tp, arrivals)

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 class MemoryConfig(Plugin, slot="memory", folder="models.memory"):
     """How much of a layer's forward pass is kept.
 
-    by_layer: other layers may be kept otherwise. saves: what it keeps is what autograd saves.
+    by_layer: other layers may be kept otherwise. saves: what it keeps is what autograd saves. once: all of it is, where
+    it was saved: nothing runs again.
     """
 
     by_layer: ClassVar[bool] = True
     saves: ClassVar[bool] = False
+    once: ClassVar[bool] = False
 
     @property
     def splits_backward(self) -> bool:

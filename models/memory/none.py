@@ -16,6 +16,7 @@ class NoneConfig(MemoryConfig, kind="none"):
     """Nothing is computed twice: the fastest, while memory lasts."""
 
     saves = True
+    once = True
 
     def keepers(self, layers: "list[Layer]", config: LMConfig) -> list[Keeper]:
         return [Keeper() for _ in layers]

@@ -4,7 +4,6 @@ Shape suffixes: B batch, T sequence, D model width.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -24,6 +23,8 @@ class LadderResidual(ResidualConfig, kind="ladder"):
 
     layers: tuple[int, ...] | None = None
 
+    lands = True
+
     def __post_init__(self) -> None:
         if self.layers is not None and any(index < 0 for index in self.layers):
             raise ValueError(f"layers is {list(self.layers)}; they are counted from 0, so none may be negative")
@@ -39,22 +40,16 @@ class LadderResidual(ResidualConfig, kind="ladder"):
         return Ladder(ctx.d_model, shortcut, has_pending, leaves_pending=any(following))
 
 
-def arrived(x: Tensor) -> Tensor:
-    return x
-
-
 class Ladder(Connection):
     """With the stream x and the output `pending` that is not yet part of it: x <- x + pending, pending <- F(x).
 
     has_pending: the sublayer before left its output. leaves_pending: the next sublayer reads without this output;
-    otherwise it joins x at once, and the state is the plain residual's. land: what is done to an output before it is
-    used, which may still be under way.
+    otherwise it joins x at once, and the state is the plain residual's.
     """
 
     def __init__(self, d_model: int, shortcut: nn.Module, has_pending: bool, leaves_pending: bool) -> None:
         super().__init__()
         self.shortcut, self.has_pending, self.leaves_pending = shortcut, has_pending, leaves_pending
-        self.land: Callable[[Tensor], Tensor] = arrived
         x, pending = Entry("x", (d_model,)), Entry("pending", (d_model,))
         self.reads = ("x", "pending") if has_pending else ("x",)
         self.writes = (x, pending) if leaves_pending else (x,)

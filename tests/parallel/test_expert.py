@@ -21,6 +21,7 @@ from parallel.in_flight import Flight
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, build
+from tests.parallel.order import Computed, beside, flights
 
 SETTINGS = check.Settings(length=16, packed=False)  # without padding, whose picks no statistic counts
 LAUNCH = Flight.forth
@@ -127,25 +128,11 @@ def order(mesh_config: MeshConfig) -> list[str]:
     """What begins and ends in a forward and a backward pass: collectives, and the computing of experts."""
     mesh, seen = Mesh(mesh_config), list[str]()
 
-    class Noted(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            seen.append("compute")
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-            seen.append("compute")
-            return grad.clone()
-
     class Experts(Scaled):
         def __call__(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
-            return Noted.apply(super().__call__(x_MD, counts_E))
+            return Computed.apply(super().__call__(x_MD, counts_E), seen)
 
-    honest = Flight._launch, Flight.land
-    launched = mock.patch.object(Flight, "_launch", lambda f, *args: (seen.append("launch"), honest[0](f, *args))[1])
-    landed = mock.patch.object(Flight, "land", lambda f: (seen.append("wait"), honest[1](f))[1])
-    with launched, landed:
+    with flights(seen):
         y_MD = dispatch(mesh)(torch.ones(8, 3, requires_grad=True), torch.arange(8), Experts(4, mesh.rank))
         y_MD.sum().backward()
     return seen
@@ -154,13 +141,7 @@ def order(mesh_config: MeshConfig) -> list[str]:
 def test_experts_compute_while_rows_are_under_way(pool: Pool) -> None:
     """Forward and backward: whenever an expert computes, the other piece's rows are under way."""
     for seen in pool.run(order, 2, MeshConfig(dp=2, ep=2, ep_chunks=2)):
-        under_way = 0
-        while_computing = []
-        for what in seen:
-            under_way += {"launch": 1, "wait": -1, "compute": 0}[what]
-            if what == "compute":
-                while_computing.append(under_way)
-        assert while_computing == [1, 1, 1, 1] and under_way == 0, seen
+        assert beside(seen) == [1, 1, 1, 1], seen
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from configs.structure import instantiate, to_plain
 from models.branches import FFNBranch, MixerBranch
@@ -13,10 +12,10 @@ from models.config import LMConfig
 from models.state import Result
 from parallel import check
 from parallel.engine import Engine
-from parallel.in_flight import Flight
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.contract.tiny import build, plain
+from tests.parallel.order import Computed, beside, flights
 
 LADDER = build(residual="ladder")
 MIXED = build(
@@ -51,38 +50,21 @@ def test_equals_one_process(config: LMConfig, mesh: str, pool: Pool) -> None:
     assert report.ok, report.wrong[:10]
 
 
-class Noted(torch.autograd.Function):
-    """Notes when a branch's backward pass begins."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, seen: list[str]) -> Tensor:
-        ctx.seen = seen
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.seen.append("branch")
-        return grad, None
-
-
 def order(plain_config: dict[str, Any], mesh_config: MeshConfig) -> tuple[list[str], list[str]]:
     """What happens in a forward pass and in a backward pass, in order: sums launched and landed, branches computed."""
     config: LMConfig = instantiate(LMConfig, plain_config)
     engine = Engine(config, Mesh(mesh_config), seed=0, dtype=torch.float64)
     seen: list[str] = []
-    launch, land = Flight._launch, Flight.land
 
     def noted(forward: Any) -> Any:
         def run(*args: Any) -> Result:
-            seen.append("branch")
             result = forward(*args)
-            return result._replace(out_BTD=Noted.apply(result.out_BTD, seen))
+            return result._replace(out_BTD=Computed.apply(result.out_BTD, seen))
 
         return run
 
     with (
-        mock.patch.object(Flight, "_launch", lambda flight, *args: (seen.append("launch"), launch(flight, *args))[1]),
-        mock.patch.object(Flight, "land", lambda flight: (seen.append("land"), land(flight))[1]),
+        flights(seen),
         mock.patch.object(MixerBranch, "forward", noted_method(MixerBranch, noted)),
         mock.patch.object(FFNBranch, "forward", noted_method(FFNBranch, noted)),
     ):
@@ -103,16 +85,10 @@ def noted_method(kind: Any, noted: Any) -> Any:
 def test_every_sum_but_the_ends_is_under_way_beside_a_branch(pool: Pool) -> None:
     """Forward: a sum is launched, another branch computes, the sum lands. Backward: the same of gradients, in the other
     direction. The first and last branches have no other one beside them."""
-    for found in pool.run(order, 2, to_plain(LADDER), MeshConfig(tp=2, overlap=True)):
-        for seen in found:
-            under_way = 0
-            beside = []
-            for what in seen:
-                under_way += {"launch": 1, "land": -1, "branch": 0}[what]
-                if what == "branch":
-                    beside.append(under_way)
-            assert len(beside) == 8 and under_way == 0
-            assert min(beside[1:-1]) >= 1, seen
+    for passes in pool.run(order, 2, to_plain(LADDER), MeshConfig(tp=2, overlap=True)):
+        for seen in passes:
+            found = beside(seen)
+            assert len(found) == 8 and min(found[1:-1]) >= 1, seen
 
 
 @pytest.mark.parametrize(
@@ -120,12 +96,13 @@ def test_every_sum_but_the_ends_is_under_way_beside_a_branch(pool: Pool) -> None
     [
         (
             {"residual": "plain"},
-            "overlap is true, and residual plain adds a branch's output at once; use residual ladder",
+            "overlap is true, and residual plain adds a branch's output at once; use another residual, such as ladder,",
         ),
         ({"norm": "peri"}, "layer 0 has a norm behind its mixer, which needs the whole sum; use norm pre"),
         ({"scaling": "rezero"}, "scaling rezero multiplies"),
         ({"shortcut": "pangu"}, "shortcut pangu adds"),
         ({"depth": "skip_middle"}, "depth skip_middle works on the rank's own tokens"),
+        ({"depth": "universal"}, "depth universal works on the rank's own tokens"),
         ({"mixer": "mla"}, "mixer mla keeps something of the rank's own tokens beside its output; use another mixer"),
         ({"ffn": "moe_plus_plus"}, "ffn moe_plus_plus keeps something"),
     ],

@@ -141,6 +141,28 @@ def test_the_mitigations_differ_where_gradients_are_late() -> None:
             assert not torch.allclose(one[last], other[last], rtol=1e-9), "its inputs and gradients are others'"
 
 
+@pytest.mark.parametrize("mitigation", MITIGATIONS)
+def test_one_micro_batch_in_a_step_is_synchronous_sgd(mitigation: Mitigation) -> None:
+    """Nothing is late then. The velocity too, which a run may take along when it changes its engine."""
+    found = []
+    for build_updater in (lambda e: DelayedSGD(e, OPTIM, mitigation, 1), OPTIM.build):
+        engine = Engine(CONFIG, Mesh.single(), seed=0, dtype=torch.float64)
+        updater = build_updater(engine)
+        for step in range(STEPS):
+            if isinstance(updater, DelayedSGD):
+                updater.begin(OPTIM.lr)
+                updater.begin_step()
+            engine.step_gradients(batch(step), 1)
+            if isinstance(updater, DelayedSGD):
+                with torch.no_grad():
+                    updater.arrived(0)
+            updater.step(OPTIM.lr)
+        velocities = [updater.state(one)["momentum_buffer"] for one in engine.held()]
+        found.append((engine.full_state(), velocities))
+    for delayed, synchronous in zip(*found, strict=True):
+        torch.testing.assert_close(delayed, synchronous, rtol=1e-12, atol=1e-13)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.prepare_data(tmp_path_factory.mktemp("asynchronous"))

@@ -73,7 +73,7 @@ def reasons(run: "RunConfig") -> Iterator[tuple[str, str]]:
         yield "keeps SGD's state on the device, and optim.offload is given", "leave it out"
     if run.train.dtype == "bfloat16":
         yield "changes weights within a step, which bfloat16 computes with a copy of", "use train.dtype=float32"
-    if run.memory.kind != "none":
+    if not run.memory.once:
         yield f"changes weights between the passes, and memory {run.memory.kind} runs layers twice", "use memory none"
     if run.train.compile:
         yield "does not run compiled layers", "leave train.compile out"
@@ -123,7 +123,8 @@ class DelayedSGD(SGD):
         self._spikes, self._predicts = mitigation in ("spike", "both"), mitigation in ("prediction", "both")
         self._count, self._lr = count, 0.0
         self.momentum = config.momentum ** (1 / count)
-        self._share = (1 - self.momentum) / ((1 - config.momentum) * count)
+        # Of a gradient as it enters the velocity, which so is as large as synchronous SGD's, whatever the count.
+        self._gain = (1 - self.momentum) / (1 - config.momentum)
         self._before: dict[nn.Parameter, Tensor] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
 
@@ -146,7 +147,7 @@ class DelayedSGD(SGD):
 
     def rate(self, held: Held) -> float:
         """Of one micro-batch's update."""
-        return self._lr * self.setting(held).lr_scale * self._share
+        return self._lr * self.setting(held).lr_scale / self._count
 
     @contextlib.contextmanager
     def ahead(self, delay: int) -> Iterator[None]:
@@ -172,14 +173,15 @@ class DelayedSGD(SGD):
     def arrived(self, delay: int) -> None:
         a, b = spike(self.momentum, delay) if self._spikes else (1.0, 0.0)
         for one in self.engine.held():
-            # Of the micro-batch's own mean: it came divided by the tokens of the whole step.
-            gradient = one.gradient * self._count
+            # The micro-batch's own mean came divided by the tokens of the whole step.
+            gradient = one.gradient * (self._count * self._gain)
             self._sums[one.parameter] += one.gradient
             if self._spikes:
                 self._before[one.parameter] = one.parameter.detach().clone()
             velocity = self.state(one)[VELOCITY].mul_(self.momentum).add_(gradient)
-            decay = self._lr * self.setting(one).lr_scale * self.setting(one).weight_decay / self._count
-            one.parameter.data.mul_(1 - decay).add_(a * velocity + b * gradient, alpha=-self.rate(one))
+            rate = self.rate(one)
+            one.parameter.data.mul_(1 - rate * self.setting(one).weight_decay)
+            one.parameter.data.add_(a * velocity + b * gradient, alpha=-rate)
             one.parameter.grad = None
 
 
