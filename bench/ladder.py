@@ -6,8 +6,9 @@
 On one machine a collective's end is held back: by so many milliseconds for a gather or a reduce-scatter, by twice as
 many for an all-reduce, which is both. The plain residual waits for each at once; the ladder, with `overlap=true` in
 the mesh, computes the next branch meanwhile. A step is a forward and a backward pass. hidden: of the time that the
-ladder's collectives were held back, the share by which its step did not become longer. ideal: the ladder where they
-are not held back at all. The sides take turns.
+ladder's collectives were held back, the share by which its step did not become longer; a part of it, ends, is at the
+embedding and in the loss, which have no branch beside them. ideal: the ladder where nothing is held back. The sides
+take turns.
 """
 
 import argparse
@@ -60,10 +61,11 @@ class Late:
 
 
 class Link:
-    """Holds collectives back by `latency` seconds a half, and adds up by how much."""
+    """Holds collectives back by `latency` seconds a half, and adds up by how much; at_once: of those waited for where
+    they begin."""
 
     def __init__(self, latency: float) -> None:
-        self.latency, self.held_back = latency, 0.0
+        self.latency, self.held_back, self.at_once = latency, 0.0, 0.0
 
     def slowed(self, collective: Callable[..., Any], halves: int) -> Callable[..., Any]:
         def run(*args: Any, async_op: bool = False, **rest: Any) -> Any:
@@ -72,6 +74,7 @@ class Link:
             self.held_back += delay
             if async_op:
                 return Late(work, began + delay)
+            self.at_once += delay
             time.sleep(delay)
             return work
 
@@ -105,7 +108,7 @@ def measured(tp: int, latencies: list[float], rounds: int, sizes: tuple[int, int
         for side in SIDES
     }
     times: dict[tuple[str, float], list[float]] = {}
-    held: dict[tuple[str, float], float] = {}
+    held: dict[tuple[str, float], Link] = {}
     for turn in range(rounds + 1):
         for latency in dict.fromkeys((0.0, *latencies)):
             for side, engine in engines.items():
@@ -119,7 +122,7 @@ def measured(tp: int, latencies: list[float], rounds: int, sizes: tuple[int, int
                     seconds = time.perf_counter() - began
                 if turn:
                     times.setdefault((side, latency), []).append(seconds)
-                held[side, latency] = link.held_back
+                held[side, latency] = link
     step = {at: statistics.median(found) for at, found in times.items()}
     return [
         {
@@ -128,8 +131,9 @@ def measured(tp: int, latencies: list[float], rounds: int, sizes: tuple[int, int
             "plain_s": step["plain", latency],
             "ladder_s": step["ladder", latency],
             "ideal_s": step["ladder", 0.0],
-            "ladder_held_back_s": held["ladder", latency],
-            "hidden": hidden(step["ladder", latency] - step["ladder", 0.0], held["ladder", latency]),
+            "ladder_held_back_s": held["ladder", latency].held_back,
+            "ends_held_back_s": held["ladder", latency].at_once,
+            "hidden": hidden(step["ladder", latency] - step["ladder", 0.0], held["ladder", latency].held_back),
         }
         for latency in latencies
     ]
@@ -173,7 +177,7 @@ def main() -> int:
     parser.add_argument("--tp", default="2,4", help="degrees, where torchrun gives none (default: %(default)s)")
     parser.add_argument("--latency", default="0,1,2,4,8", metavar="MS", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each (default: %(default)s)")
-    parser.add_argument("--sizes", default="512,8,512", help="width, layers, tokens (default: %(default)s)")
+    parser.add_argument("--sizes", default="512,16,512", help="width, layers, tokens (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them")
     args = parser.parse_args()
@@ -192,8 +196,11 @@ def main() -> int:
         print(json.dumps(found, indent=1))
     else:
         for row in found:
+            whole, ends, share = row["ladder_held_back_s"], row["ends_held_back_s"], ""
+            if row["hidden"] is not None:
+                share = f", {row['hidden']:.0%} of {whole:.3f} s hidden (ends {ends:.3f} s)"
             share = (
-                "" if row["hidden"] is None else f", {row['hidden']:.0%} of {row['ladder_held_back_s']:.3f} s hidden"
+                "" if row["hidden"] is None else f", {row['hidden']:.0%} of {whole:.3f} s hidden (ends {ends:.3f} s)"
             )
             print(
                 f"tp={row['tp']}, {row['latency_ms']:4.1f} ms: plain {row['plain_s']:.3f} s, ladder "

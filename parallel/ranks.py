@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 
 @torch.compiler.disable()
-def all_reduce_(x: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
+def all_reduce_(x: torch.Tensor, group: dist.ProcessGroup | None) -> None:
     """In place. Compiled, it would also change what torch.cat made x from (docs/experiments.md)."""
-    dist.all_reduce(x, op=op, group=group)
+    dist.all_reduce(x, group=group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +24,7 @@ class Ranks:
     def sum_(self, x: torch.Tensor) -> torch.Tensor:
         """All-reduce in place."""
         if self.size > 1:
-            all_reduce_(x, dist.ReduceOp.SUM, self.group)
-        return x
-
-    def max_(self, x: torch.Tensor) -> torch.Tensor:
-        if self.size > 1:
-            all_reduce_(x, dist.ReduceOp.MAX, self.group)
+            all_reduce_(x, self.group)
         return x
 
 

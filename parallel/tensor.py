@@ -103,12 +103,9 @@ class SplitVocabulary(WholeVocabulary):
     def __init__(self, tp: Ranks, size: int) -> None:
         self.tp, self.offset = tp, tp.index * size
 
-    def logsumexp(self, own_C: Tensor) -> Tensor:
-        top_C = self.tp.max_(own_C.clone())
-        return top_C + self.tp.sum_((own_C - top_C).exp()).log()
-
-    def sum(self, own_C: Tensor) -> Tensor:
-        return self.tp.sum_(own_C)
+    def join(self, own_C: Tensor, picked_C: Tensor) -> tuple[Tensor, Tensor]:
+        own_RC, picked_RC = all_gather(torch.stack((own_C, picked_C))[None], 0, self.tp).unbind(1)
+        return own_RC.logsumexp(0), picked_RC.sum(0)
 
     def rescale(self, p_CV: Tensor, own_C: Tensor, all_C: Tensor) -> None:
         p_CV.mul_((own_C - all_C).exp()[:, None])

@@ -27,13 +27,10 @@ class WholeVocabulary:
 
     offset = 0
 
-    def logsumexp(self, own_C: Tensor) -> Tensor:
-        """Over the vocabulary, from the logsumexp over this rank's part."""
-        return own_C
-
-    def sum(self, own_C: Tensor) -> Tensor:
-        """Over the ranks."""
-        return own_C
+    def join(self, own_C: Tensor, picked_C: Tensor) -> tuple[Tensor, Tensor]:
+        """(logsumexp over the vocabulary, the target's logit), from the logsumexp over this rank's part and the logit
+        of a target in it, 0 for another."""
+        return own_C, picked_C
 
     def rescale(self, p_CV: Tensor, own_C: Tensor, all_C: Tensor) -> None:
         """Turn the softmax over this rank's part into the softmax over all, in place."""
@@ -99,11 +96,10 @@ def _differentiate(logits_CV: Tensor, targets_C: Tensor, vocabulary: WholeVocabu
     p_CV = logits_CV.to(wide).softmax(-1)
     # The largest probability is at least 1/V, so that its logarithm is safe where that of others is not.
     own_C = logits_CV.amax(-1).to(wide) - p_CV.amax(-1).log()
-    all_C = vocabulary.logsumexp(own_C)
     id_C = targets_C - vocabulary.offset
     mine_C = (id_C >= 0) & (id_C < logits_CV.shape[-1])
     id_C1 = id_C.where(mine_C, 0)[:, None]
-    picked_C = vocabulary.sum(logits_CV.gather(-1, id_C1)[:, 0].to(wide) * mine_C)
+    all_C, picked_C = vocabulary.join(own_C, logits_CV.gather(-1, id_C1)[:, 0].to(wide) * mine_C)
     vocabulary.rescale(p_CV, own_C, all_C)
     p_CV.scatter_add_(-1, id_C1, -mine_C[:, None].to(wide))
     logits_CV.copy_(p_CV)
