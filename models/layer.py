@@ -103,6 +103,10 @@ class Layer(nn.Module):
             (self.ffn.reads, self.ffn.writes),
         ]
 
+    def changes(self) -> tuple[str, ...]:
+        """Entries that no step writes, and that change nevertheless, before the mixer reads them."""
+        return self.mixer.connection.stream if self.depth.adds else ()
+
     def forward(self, state: State, side: Side, local: Side, cache: Cache | None = None) -> tuple[State, Extras]:
         """side, local: of the whole sequence, and of this rank's tokens. cache: when decoding."""
         if cache is None and torch.is_grad_enabled():
@@ -132,6 +136,7 @@ class Layer(nn.Module):
         gates: Gated = self.depth(peek_BTD, {k: state[k] for k in self.depth.reads}, local)
         state = {**state, **gates.writes}
         if gates.added_BTD is not None:
+            assert self.depth.adds, "it must declare that it does"
             state = self.mixer.connection.add(state, gates.added_BTD)
         return state, gates
 

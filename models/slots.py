@@ -151,14 +151,15 @@ class Values(nn.Module):
 class Connection(nn.Module):
     """One sublayer's tie to the state. `reads` and `writes` name the entries it owns; it passes on all others.
 
-    num_views: 3 when query, key and value inputs differ. land: what a branch's output goes through before it is used;
-    under a residual that `lands` it may still be under way when `write` gets it. by_rank: so many tensor ranks each run
-    their part of the branch on an input of its own; views and outputs are [B, T, R, D] for the R that are here, over
-    the group's tokens.
+    stream: the entries, of those it reads, that `add` changes. num_views: 3 when query, key and value inputs differ.
+    land: what a branch's output goes through before it is used; under a residual that `lands` it may still be under way
+    when `write` gets it. by_rank: so many tensor ranks each run their part of the branch on an input of its own; views
+    and outputs are [B, T, R, D] for the R that are here, over the group's tokens.
     """
 
     reads: tuple[str, ...] = ("x",)
     writes: tuple[Entry, ...] = ()
+    stream: tuple[str, ...] = ("x",)
     num_views: int = 1
     by_rank: int | None = None
     land: Callable[[Tensor], Tensor] = staticmethod(lambda out_BTD: out_BTD)
@@ -185,7 +186,7 @@ class Connection(nn.Module):
         return state["x"]
 
     def add(self, state: State, x_BTD: Tensor) -> State:
-        """The state with x added to the whole stream, and so to what `peek` shows."""
+        """The state with x added to the whole stream, `stream`, and so to what `peek` shows."""
         return {**state, "x": state["x"] + x_BTD}
 
     def flops_per_token(self, d_model: int) -> float:

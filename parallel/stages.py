@@ -146,11 +146,13 @@ class Routes:
 
 
 def events(model: LM, span: Span, stages: int, index: int) -> tuple[set[str], set[str]]:
-    """(entries that a stage reads and did not make, entries that it writes)."""
+    """(entries that a stage reads and did not make, entries that it writes or changes)."""
     assert model.opener is not None and model.closer is not None
     reads: set[str] = set()
     writes = {entry.name for entry in model.opener.writes} if index == 0 else set[str]()
     for layer in model.blocks[slice(*span)]:
+        reads |= set(layer.changes()) - writes
+        writes |= set(layer.changes())
         for step_reads, step_writes in layer.events():
             reads |= set(step_reads) - writes
             writes |= {entry.name for entry in step_writes}

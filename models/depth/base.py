@@ -36,11 +36,13 @@ class DepthControl(nn.Module):
     """One layer's gate.
 
     peeks: it looks at the stream; a layer whose gate does not is spared the view, which may cost a pass over it.
-    closes: its gate is exactly 0 for tokens that a layer need not run for (see `models.open_tokens`).
+    closes: its gate is exactly 0 for tokens that a layer need not run for (see `models.open_tokens`). adds: it may give
+    the stream something before the layer reads it, whose entries then change under their names.
     """
 
     peeks: bool = True
     closes: bool = False
+    adds: bool = False
     reads: tuple[str, ...] = ()
     writes: tuple[Entry, ...] = ()
     has_losses: bool = False

@@ -69,6 +69,8 @@ def coordinates(positions_BT: Tensor, step: int, like_BTD: Tensor) -> Tensor:
 class StepStart(DepthControl):
     """The first layer of a step."""
 
+    adds = True
+
     def __init__(self, step: int, scale: float) -> None:
         super().__init__()
         self.step, self.scale = step, scale

@@ -79,7 +79,7 @@ class Step(DepthControl):
 
     def __init__(self, config: AdaptiveUniversalDepth, d_model: int, step: int) -> None:
         super().__init__()
-        self.config, self.step = config, step
+        self.config, self.step, self.adds = config, step, config.scale > 0
         self.has_losses = config.ponder_coef > 0
         if step:
             self.reads = (SPENT.name, WEIGHT.name, OUTPUT) if step > 1 else (SPENT.name, WEIGHT.name)

@@ -77,6 +77,7 @@ class DepthAverageStart(Connection):
         self.average, self.shortcut = DepthAverage(ctx.index, selection), shortcut
         self.reads = self.average.reads
         self.writes = (Entry("x", (ctx.d_model,)),)
+        self.stream = self.reads[-1:]
 
     def read(self, state: State) -> tuple[Views, State]:
         y_BTD = self.average(state)

@@ -55,7 +55,7 @@ def streams(d_model: int, ranks: int) -> Entry:
 class Desync(Connection):
     """Views and outputs are [B, T, R, D]: one for each of the ranks that are simulated here."""
 
-    reads = ("streams",)
+    reads = stream = ("streams",)
 
     def __init__(self, d_model: int, ranks: int, reduces: bool) -> None:
         super().__init__()

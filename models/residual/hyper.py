@@ -88,7 +88,7 @@ class StaticHyper(Connection):
     """With the streams S [N, D] of a token, A [N, 1 + N] and b [N]: branch input u = A[:, 0]^T S, and
     S <- A[:, 1:]^T S + b F(u)^T."""
 
-    reads = ("streams",)
+    reads = stream = ("streams",)
     static_alpha: nn.Parameter
     static_beta: nn.Parameter
 

@@ -67,7 +67,7 @@ class FractionalHyper(Connection):
     """With rows X[p, j] in R^C (fraction p of stream j) and A [P, N, Q, 1 + N], b [P, N, Q] from norm(X) as in hyper:
     u[q] = sum_pj A[p, j, q, 0] X[p, j], and X[q, i] <- sum_pj A[p, j, q, 1 + i] X[p, j] + sum_p b[p, i, q] F(u)[p]."""
 
-    reads = ("streams",)
+    reads = stream = ("streams",)
     static_alpha: nn.Parameter
     static_beta: nn.Parameter
     dynamic_alpha: nn.Parameter

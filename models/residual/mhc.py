@@ -92,7 +92,7 @@ class ManifoldHyper(Connection):
     """With the streams S [N, D] of a token, p = sigmoid(.), R doubly stochastic, b = 2 sigmoid(.): branch input p^T S,
     and S <- R^T S + b F(p^T S)^T. Every logit is a static one plus a scale times one that depends on the token."""
 
-    reads = ("streams",)
+    reads = stream = ("streams",)
     static_alpha: nn.Parameter
     static_beta: nn.Parameter
     dynamic_alpha: nn.Parameter

@@ -112,6 +112,7 @@ class MixedStart(Connection):
         super().__init__()
         self.reads = tuple(past(j) for j in config.selection().sources(ctx.index))
         self.writes = (Entry("x", (ctx.d_model,)),)
+        self.stream = self.reads[-1:]
         self.num_views = 3 if config.separate_norms else 1
         self.aggregate = config.aggregate(ctx.d_model, 4, len(self.reads))
 
@@ -139,7 +140,7 @@ class UnmixedStart(Connection):
     def __init__(self, ctx: LayerContext) -> None:
         super().__init__()
         self.newest = past(ctx.index)
-        self.reads = (self.newest,)
+        self.reads = self.stream = (self.newest,)
         self.writes = (Entry("x", (ctx.d_model,)),)
 
     def read(self, state: State) -> tuple[Views, State]:

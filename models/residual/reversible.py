@@ -43,7 +43,8 @@ class Coupling(Connection):
 
     def __init__(self, d_model: int, streams: tuple[str, ...], target: str, grid_bits: int | None) -> None:
         super().__init__()
-        self.target, self.grid_bits, self.reads = target, grid_bits, streams
+        self.target, self.grid_bits = target, grid_bits
+        self.reads = self.stream = streams
         self.writes = (Entry(target, (d_model,), dtype=stream_type(grid_bits)),)
 
     def read(self, state: State) -> tuple[Views, State]:

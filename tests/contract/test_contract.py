@@ -130,20 +130,23 @@ def test_rows_of_different_lengths_decode_as_if_alone(config: LMConfig) -> None:
 
 @pytest.mark.parametrize("config", [*KINDS, *DRAWS])
 def test_declared_entries_are_the_state(config: LMConfig) -> None:
-    """At every boundary: the keys, shapes and dtypes that the plan says, and nothing modified in place."""
+    """At every boundary: the keys, shapes and dtypes that the plan says, and nothing modified in place. A layer hands
+    on what it was given, but for what it says that it writes or changes."""
     model, x = shaken(config), tokens()
     side = Side(x, torch.arange(9).expand(2, 9))
     assert model.embed is not None and model.embed_norm is not None and model.opener is not None
     state = model.opener(model.embed_norm(model.embed(x)))
-    for (name, layer), boundary in zip(model.layers.items(), model.boundaries, strict=False):
+    for layer, boundary in zip(model.blocks, model.boundaries, strict=False):
         entries = [entry for entry in boundary if entry.name != LOSSES.name]
-        assert set(state) == {entry.name for entry in entries}, f"before layer {name}"
+        assert set(state) == {entry.name for entry in entries}, f"before layer {layer.index}"
         for entry in entries:
             assert state[entry.name].shape == (2, 9, *entry.shape), entry
             assert entry.layout is not Layout.HEADS or entry.shape[0] == entry.heads
         versions = {key: value._version for key, value in state.items()}
         after, _ = layer(state, side, side)
-        assert {key: value._version for key, value in state.items()} == versions, f"layer {name} writes in place"
+        assert {key: value._version for key, value in state.items()} == versions, f"layer {layer.index} writes in place"
+        changed = {key for key, value in after.items() if key in state and value is not state[key]}
+        assert changed <= {entry.name for _, writes in layer.events() for entry in writes} | set(layer.changes())
         state = after
 
 

@@ -148,3 +148,13 @@ def test_what_a_rank_keeps_equals_one_process(residual: str, mesh: str, pool: Po
     config = build(**{**HYBRID, "repeat": 2}, residual=residual, depth="skip_middle", values="resformer")
     report = check.run(config, MeshConfig.parse(mesh), None, pool, timeout=120)
     assert report.ok, report.wrong[:10]
+
+
+@pytest.mark.parametrize("mesh", ["pp=2,schedule=zero_bubble", "tp=2,pp=2,schedule=zbv"])
+@pytest.mark.parametrize("depth", ["universal", "universal_act"])
+@pytest.mark.parametrize("residual", ["mudd", "denseformer"])
+def test_what_has_changed_since_is_not_kept(residual: str, depth: str, mesh: str, pool: Pool) -> None:
+    """These depths add to the newest output, which later layers of mudd and denseformer read as it has become."""
+    config = build(residual=residual, depth=depth)
+    report = check.run(config, MeshConfig.parse(mesh), None, pool, timeout=120)
+    assert report.ok, report.wrong[:10]
