@@ -99,7 +99,7 @@ class Engine(Holdings):
     ) -> None:
         self.config, self.mesh, self.dtype = config, mesh, dtype
         memory = memory or NoneConfig()
-        refuse(config, mesh.config)
+        refuse(config, mesh.config, memory, compile)
         refuse_memory(config, mesh.config, memory, compile)
         if compile:
             refuse_schedule(mesh.config)
@@ -140,8 +140,9 @@ class Engine(Holdings):
         for rank, names in enumerate(everyone):
             for name in names:
                 holders.setdefault(name, []).append(rank)
-        copied = {name: sorted(set(ranks)) for name, ranks in sorted(holders.items()) if len(ranks) > 1}
-        return {name: self.mesh.pipeline_ranks(ranks) for name, ranks in copied.items()}
+        copied = {name: tuple(sorted(set(ranks))) for name, ranks in sorted(holders.items()) if len(ranks) > 1}
+        groups = {ranks: self.mesh.pipeline_ranks(ranks) for ranks in dict.fromkeys(copied.values())}
+        return {name: groups[ranks] for name, ranks in copied.items()}
 
     def step_gradients(self, batch: Batch, micro_batches: int, vote: Callable[[], bool] = lambda: False) -> StepOutput:
         """Zero the gradients, run forward and backward over this data rank's batch, and complete them.
@@ -243,17 +244,23 @@ class Engine(Holdings):
         sums: dict[str, Tensor] = {}
         for record in records:
             for name, value in record.items():
-                sums[name] = sums[name] + value if name in sums else value.clone()
-        for value in sums.values():
-            self.mesh.stage.sum_(value)
+                sums[name] = sums[name] + value if name in sums else value
+        about = {name: (value.shape, value.dtype) for name, value in sums.items()}
+        everyone = [about]
         if self.mesh.pp.size > 1:
-            everyone: list[dict[str, Tensor] | None] = [None] * self.mesh.pp.size
-            dist.all_gather_object(everyone, sums, group=self.mesh.pp.group)
-            sums = {}
-            for theirs in everyone:
-                for name, value in (theirs or {}).items():
-                    sums[name] = sums[name] + value if name in sums else value
-        return sums
+            everyone = [{} for _ in range(self.mesh.pp.size)]
+            dist.all_gather_object(everyone, about, group=self.mesh.pp.group)
+        every = {name: like for theirs in everyone for name, like in theirs.items()}
+        if not dist.is_initialized() or not every:
+            return sums
+        # One sum over all ranks, with zeros for what other stages have; float64 holds every type's values.
+        zeros = {name: torch.zeros(shape, device=self.mesh.device) for name, (shape, _) in every.items()}
+        flat = torch.cat([sums.get(name, zeros[name]).double().flatten() for name in every])
+        dist.all_reduce(flat)
+        parts = flat.split([shape.numel() for shape, _ in every.values()])
+        return {
+            name: part.view(shape).to(dtype) for part, (name, (shape, dtype)) in zip(parts, every.items(), strict=True)
+        }
 
     def grad_norm(self) -> Tensor:
         return gradients.norm(self.held(), self.mesh)

@@ -6,7 +6,7 @@ tensor ranks hold saw only local tokens or heads, and are summed over those; cop
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -71,7 +71,7 @@ def sum_pieces(held: Held, tp: Ranks) -> None:
 
 
 @torch.no_grad()
-def reduce(parameters: Iterable[Held], mesh: Mesh, shared: dict[str, Ranks]) -> None:
+def reduce(parameters: Iterable[Held], mesh: Mesh, shared: Mapping[str, Ranks]) -> None:
     """Sum every gradient over the ranks that saw a part of it. Call once per step, on all ranks.
 
     shared: for parameters with copies, the stages that hold one.
@@ -84,24 +84,31 @@ def reduce(parameters: Iterable[Held], mesh: Mesh, shared: dict[str, Ranks]) -> 
     for held in dense:
         if 1 < held.shard.pieces < mesh.tp.size:
             sum_pieces(held, mesh.tp)
-    for name, ranks in shared.items():
-        copies = [h.gradient for h in parameters if h.shard.name == name]
-        if copies:
-            total = ranks.sum_(torch.stack(copies).sum(0))
-            for gradient in copies:
+    for ranks, names in by_ranks(shared):
+        copies = [[h.gradient for h in parameters if h.shard.name == name] for name in names]
+        totals = [torch.stack(same).sum(0) for same in copies if same]
+        sum_bucket(totals, ranks)
+        for same, total in zip(filter(None, copies), totals, strict=True):
+            for gradient in same:
                 gradient.copy_(total)
+
+
+def by_ranks(shared: Mapping[str, Ranks]) -> list[tuple[Ranks, list[str]]]:
+    """The names that the same ranks share, in an order that is the same on all."""
+    found: dict[Ranks, list[str]] = {}
+    for name, ranks in shared.items():
+        found.setdefault(ranks, []).append(name)
+    return list(found.items())
 
 
 @torch.no_grad()
 def norm(parameters: Iterable[Held], mesh: Mesh) -> Tensor:
     """The global L2 norm of all gradients (float64, shape []), every element counted once."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for held in parameters:
         if not held.shard.copy:
-            own = torch.linalg.vector_norm(held.gradient, dtype=torch.float64)
-            total = total + own.square().cpu() / held.holder(mesh)[1]
+            total += torch.linalg.vector_norm(held.gradient, dtype=torch.float64).square() / held.holder(mesh)[1]
     if dist.is_initialized():
-        total = total.to(mesh.device)
         dist.all_reduce(total)
     return total.sqrt()
 

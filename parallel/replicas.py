@@ -10,29 +10,38 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel.engine import Engine
-from parallel.gradients import Held
+from parallel.gradients import Held, by_ranks
 from parallel.ranks import Ranks
 
 WIDTHS = {1: torch.uint8, 2: torch.int16}
+PRIME = 65521
+# Elements whose bits are taken at once, as whole numbers of 8 bytes each.
+BLOCK = 16 * PRIME
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """name: of a parameter or buffer. ranks: two of the mesh's that should hold the same of it, and do not."""
+    """name: of a parameter or buffer. ranks: two of the mesh's that should hold the same of it, and do not; one rank
+    twice, whose stages hold a copy each."""
 
     name: str
     ranks: tuple[int, int]
 
     def __str__(self) -> str:
+        if self.ranks[0] == self.ranks[1]:
+            return f"{self.name} differs between the stages of rank {self.ranks[0]}"
         return f"{self.name} differs between ranks {self.ranks[0]} and {self.ranks[1]}"
 
 
 def digest(x: Tensor) -> Tensor:
     """Of the bits of x, int64 []: the same on all devices of a kind. It weighs bits by where they are."""
-    bits = x.detach().contiguous().flatten().view(WIDTHS.get(x.element_size(), torch.int32)).long()
+    bits = x.detach().contiguous().flatten().view(WIDTHS.get(x.element_size(), torch.int32))
     # Whole numbers that no sum rounds; of 2^48 at most each, and what overflows does so alike everywhere.
-    places = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521 + 1
-    return (bits * places).sum()
+    places = torch.arange(1, min(BLOCK, bits.numel()) + 1, device=bits.device) % PRIME + 1
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for block in bits.split(BLOCK):
+        total += (block * places[: block.numel()]).sum()
+    return total
 
 
 def held_digests(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
@@ -63,12 +72,18 @@ def differences(engine: Engine) -> list[Difference]:
     if not dist.is_initialized():
         return []
     found = unequal(names, table, engine.mesh.stage)
-    copied = [index for index, name in enumerate(names) if name in engine.shared]
-    for name in engine.shared:
-        # Copies on other stages go by the same name.
-        own = [table[index] for index in copied if names[index] == name]
-        if own:
-            found |= unequal([name], own[0][None], engine.shared[name])
+    # Copies on other stages go by the same name: those here are compared, and the first of them with other ranks'.
+    copies: dict[str, list[Tensor]] = {name: [] for name in engine.shared}
+    for name, row in zip(names, table, strict=True):
+        if name in copies:
+            copies[name].append(row)
+    rank = engine.mesh.rank
+    for ranks, shared in by_ranks(engine.shared):
+        here = [name for name in shared if copies[name]]
+        apart = {name: (rank, rank) for name in here if any((row != copies[name][0]).any() for row in copies[name])}
+        found = apart | found
+        if here:
+            found = unequal(here, torch.stack([copies[name][0] for name in here]), ranks) | found
     everyone: list[dict[str, tuple[int, int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, found)
     merged = {name: ranks for theirs in reversed(everyone) for name, ranks in theirs.items()}

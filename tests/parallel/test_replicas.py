@@ -1,12 +1,18 @@
 """What ranks should hold alike: one changed bit on one rank is found and named, and nothing else is."""
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from configs.structure import instantiate, to_plain
+from models.config import LMConfig
+from parallel import replicas
 from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.replicas import differences, digest
@@ -63,6 +69,34 @@ def test_one_bit_is_found(mesh: str, few: bool, name: str, rank: int, sentence: 
         assert answer == ([] if sentence is None else [sentence])
 
 
+def found_in_copies(mesh: MeshConfig, config: dict[str, Any], which: int, rank: int) -> list[str]:
+    """What is found once a bit has changed of one of the copies that a rank has on its stages, the first or the second,
+    of the first parameter that it has two of."""
+    place = Mesh(mesh)
+    engine = Engine(instantiate(LMConfig, config), place, seed=0)
+    if place.rank == rank:
+        copies = Counter(held.shard.name for held in engine.held())
+        name = next(name for name, count in copies.items() if count == 2)
+        flip(local([held.parameter for held in engine.held() if held.shard.name == name][which].data))
+    return [str(difference) for difference in differences(engine)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("mesh", "config", "rank"),
+    [
+        ("pp=2,schedule=interleaved", build(depth="universal"), 1),
+        ("pp=2,schedule=zbv", build(tie_embeddings=True), 0),
+        ("pp=2,schedule=zbv,fsdp=2", build(tie_embeddings=True), 1),
+    ],
+)
+def test_copies_on_one_rank_are_compared(mesh: str, config: LMConfig, rank: int, which: int, pool: Pool) -> None:
+    place = MeshConfig.parse(mesh)
+    for answer in pool.run(found_in_copies, place.world_size, place, to_plain(config), which, rank):
+        (sentence,) = answer
+        assert re.search(rf" differs between (the stages of rank {rank}|ranks 0 and {rank})$", sentence), sentence
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool], ids=str)
 def test_a_digest_sees_places_and_values(dtype: torch.dtype) -> None:
     x = torch.arange(70000).remainder(2).to(dtype)
@@ -71,6 +105,13 @@ def test_a_digest_sees_places_and_values(dtype: torch.dtype) -> None:
     assert digest(x) == digest(x.clone())
     assert digest(x) != digest(swapped)
     assert digest(torch.zeros(0, dtype=dtype)) == 0
+
+
+def test_a_digest_in_blocks_is_the_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3 * replicas.PRIME + 5)
+    whole = digest(x)
+    monkeypatch.setattr(replicas, "BLOCK", replicas.PRIME)
+    assert digest(x) == whole
 
 
 def drifting(config: RunConfig, step: int) -> None:
