@@ -17,14 +17,19 @@ from torch import Tensor
 from parallel.mesh import Mesh
 from parallel.pipeline import Stage, example
 
+# Tensors by the stage that they go to or come from; `expected` ones are meta tensors of their shapes and types.
+Parcels = dict[int, list[Tensor]]
+
 
 class Wire(Protocol):
-    """First in, first out, between each pair of stages."""
+    """Between the stages. What they send each other travels between two cycles, all at once."""
 
-    def send(self, tensors: list[Tensor], stage: int) -> None: ...
+    def post(self, sent: Parcels, expected: Parcels) -> None:
+        """At the end of a cycle. Nobody waits."""
+        ...
 
-    def receive(self, like: tuple[Tensor, ...], stage: int) -> list[Tensor]:
-        """like: meta tensors of the shapes and types that come."""
+    def arrived(self) -> Parcels:
+        """What was expected at the end of the cycle before."""
         ...
 
 
@@ -41,29 +46,37 @@ class Updates(Protocol):
 
 
 class RankWire:
-    """Between the ranks of a pipeline that have one stage each."""
+    """Between the ranks of a pipeline that have one stage each.
+
+    In one batch: NCCL runs what two ranks send each other one by one in the order of their calls, in which each would
+    wait for the other to receive.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._under_way: list[tuple[dist.Work, Tensor]] = []
+        self._works: list[dist.Work] = []
+        self._sent, self._expected = Parcels(), Parcels()
 
-    def send(self, tensors: list[Tensor], stage: int) -> None:
-        for x in tensors:
-            work = dist.isend(x, group=self._mesh.pp.group, group_dst=stage)
-            assert work is not None
-            self._under_way.append((work, x))
+    def post(self, sent: Parcels, expected: Parcels) -> None:
+        group = self._mesh.pp.group
+        self._sent = {stage: [x.contiguous() for x in tensors] for stage, tensors in sent.items()}
+        self._expected = {
+            stage: [torch.empty_like(x, device=self._mesh.device) for x in likes] for stage, likes in expected.items()
+        }
+        pairs = ((dist.isend, self._sent), (dist.irecv, self._expected))
+        ops = [
+            dist.P2POp(what, x, group=group, group_peer=stage)
+            for what, parcels in pairs
+            for stage, tensors in parcels.items()
+            for x in tensors
+        ]
+        self._works = dist.batch_isend_irecv(ops) if ops else []
 
-    def receive(self, like: tuple[Tensor, ...], stage: int) -> list[Tensor]:
-        found = [torch.empty(x.shape, dtype=x.dtype, device=self._mesh.device) for x in like]
-        for x in found:
-            dist.recv(x, group=self._mesh.pp.group, group_src=stage)
-        return found
-
-    def drained(self) -> None:
-        """Wait for all that was sent."""
-        for work, _ in self._under_way:
+    def arrived(self) -> Parcels:
+        for work in self._works:
             work.wait()
-        self._under_way.clear()
+        found, self._works, self._sent, self._expected = self._expected, [], {}, {}
+        return found
 
 
 def latest(stage: Stage, stages: int) -> int:
@@ -76,24 +89,31 @@ def cycles(stage: Stage, mesh: Mesh, wire: Wire, updates: Updates, sides: list[d
     index, last, count = stage.plan.index, mesh.config.num_stages - 1, len(sides)
     batch, length = sides[0]["tokens"].shape
     dtype = next(stage.model.parameters()).dtype
-    before, behind = (example(e, batch, length, mesh, dtype) for e in (stage.plan.received, stage.plan.sent))
+    before, behind = (list(example(e, batch, length, mesh, dtype)) for e in (stage.plan.received, stage.plan.sent))
     waiting: dict[int, tuple[list[Tensor], tuple[Tensor, ...]]] = {}
     for cycle in range(count + 2 * last):
         ahead, back = cycle - index, cycle - 2 * last + index
+        arrived, sent = wire.arrived(), Parcels()
         if 0 <= ahead < count:
-            received = [x.requires_grad_() for x in wire.receive(before, index - 1)] if index else []
+            received = [x.requires_grad_() for x in arrived[index - 1]] if index else []
             with updates.ahead(min(ahead, latest(stage, last + 1))):
                 out = stage(*received, **sides[ahead])
             outs = out if isinstance(out, tuple) else (out,)
             waiting[ahead] = received, outs
             if index < last:
-                wire.send([x.detach() for x in outs], index + 1)
+                sent[index + 1] = [x.detach() for x in outs]
         if 0 <= back < count:
             received, outs = waiting.pop(back)
-            grads = wire.receive(behind, index + 1) if index < last else [torch.ones_like(outs[0])]
+            grads = arrived[index + 1] if index < last else [torch.ones_like(outs[0])]
             with_grad = [(x, grad) for x, grad in zip(outs, grads, strict=True) if x.requires_grad]
             torch.autograd.backward([x for x, _ in with_grad], [grad for _, grad in with_grad])
             if index:
-                wire.send([torch.zeros_like(x) if x.grad is None else x.grad for x in received], index - 1)
+                sent[index - 1] = [torch.zeros_like(x) if x.grad is None else x.grad for x in received]
             updates.arrived(min(back, latest(stage, last + 1)))
+        expected = Parcels()
+        if index and 0 <= ahead + 1 < count:
+            expected[index - 1] = before
+        if index < last and 0 <= back + 1 < count:
+            expected[index + 1] = behind
+        wire.post(sent, expected)
         yield

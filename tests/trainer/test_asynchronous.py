@@ -14,7 +14,7 @@ from configs.structure import instantiate, to_plain
 from models.config import LMConfig
 from models.lm import LM
 from models.params import initialize
-from parallel.asynchronous import cycles
+from parallel.asynchronous import Parcels, cycles
 from parallel.engine import Batch, Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.pipeline import Stage
@@ -74,13 +74,17 @@ class Queues:
 
     def __init__(self) -> None:
         self.under_way: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        self.expected: dict[int, Parcels] = defaultdict(dict)
         self.here = 0
 
-    def send(self, tensors: list[Tensor], stage: int) -> None:
-        self.under_way[self.here, stage].extend(x.clone() for x in tensors)
+    def post(self, sent: Parcels, expected: Parcels) -> None:
+        for stage, tensors in sent.items():
+            self.under_way[self.here, stage].extend(x.clone() for x in tensors)
+        self.expected[self.here] = expected
 
-    def receive(self, like: tuple[Tensor, ...], stage: int) -> list[Tensor]:
-        return [self.under_way[stage, self.here].popleft() for _ in like]
+    def arrived(self) -> Parcels:
+        here = self.expected[self.here].items()
+        return {stage: [self.under_way[stage, self.here].popleft() for _ in likes] for stage, likes in here}
 
 
 class Alone(Engine):

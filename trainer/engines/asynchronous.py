@@ -110,7 +110,6 @@ class AsynchronousEngine(Engine):
         self.updates.begin_step()
         for _ in cycles(stage, self.mesh, wire, self.updates, sides):
             pass
-        wire.drained()
         self.updates.end_step()
         return stage.record
 

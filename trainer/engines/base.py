@@ -1,6 +1,7 @@
-"""The slot `engine`: who holds the weights, runs the passes and takes the steps. It changes no number.
+"""The slot `engine`: who holds the weights, runs the passes and takes the steps.
 
-Every engine is a `parallel.engine.Engine` to the loop, and what it saves is the same checkpoint.
+All but `asynchronous`, which updates late, compute the same numbers. Every engine is a `parallel.engine.Engine` to the
+loop, and what it saves is the same checkpoint.
 """
 
 import importlib.util
