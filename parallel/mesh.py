@@ -7,6 +7,7 @@ stage are also numbered (expert data, ep, etp), etp fastest, so that they cost n
 import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -18,6 +19,7 @@ from parallel.ranks import Ranks, subgroup
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")
 CONTEXTS = ("ulysses", "ring")
+MOST_CHUNKS = 64
 MOST_RANKS = 2**20  # more than any machine has, and few enough to look for the nearest mesh that works
 SPLIT_BACKWARD = ("zero_bubble", "zbv", "dualpipev")
 ONE_STAGE = ("gpipe", "1f1b")
@@ -61,6 +63,11 @@ class MeshConfig:
     def __post_init__(self) -> None:
         degrees = ("dp", "fsdp", "tp", "cp", "ep", "etp", "pp")
         at_least(self, 1, *degrees, "ep_local", "ep_chunks")
+        if self.ep_chunks > MOST_CHUNKS:
+            raise ValueError(
+                f"ep_chunks is {self.ep_chunks}; each piece costs an exchange of its own, and there are at most "
+                f"{MOST_CHUNKS}; use fewer, such as 2"
+            )
         if huge := [name for name in degrees if getattr(self, name) > MOST_RANKS]:
             raise ValueError(f"{huge[0]} is {getattr(self, huge[0])}; a mesh has at most {MOST_RANKS} ranks")
         if self.hsdp is not None:
@@ -291,14 +298,15 @@ class Mesh:
         row = next(row for row in rows if self.rank in row)
         return Ranks(size, row.index(self.rank), subgroup(rows, self.timeout))
 
-    def pipeline_ranks(self, stages: list[int]) -> Ranks:
-        """The pipeline ranks `stages` among those that differ from this rank in pp only.
+    def pipeline_ranks(self, stages: Sequence[int]) -> Ranks:
+        """The pipeline ranks `stages` among those that differ from this rank in pp only; all ranks of the mesh make
+        their groups together.
 
         Alone if it is not one of them.
         """
         if len(stages) == 1:
             return Ranks()
-        ranks = torch.arange(self.config.world_size).view(self.config.pp, -1)[stages].T.tolist()
+        ranks = torch.arange(self.config.world_size).view(self.config.pp, -1)[list(stages)].T.tolist()
         mine = None
         for row in ranks:
             group = dist.new_group(row, timeout=self.timeout)

@@ -12,6 +12,7 @@ from configs.structure import instantiate
 from models.config import LMConfig
 from models.lm import LM
 from models.memory.base import MemoryConfig
+from models.memory.none import NoneConfig
 from models.params import Axis, named_specs
 from models.pieces import TENSOR_AXES, fits, named_axes
 from models.slots import FFNConfig
@@ -24,8 +25,8 @@ HEAD_AXES = ("heads", "kv_heads")
 SPLIT = MappingProxyType({"tp": TENSOR_AXES, "ep": EXPERT_AXES, "etp": EXPERT_WIDTHS, "cp": HEAD_AXES})
 
 
-def refuse(config: LMConfig, mesh: MeshConfig) -> None:
-    """Raise ValueError with the first reason why the mesh cannot hold the model."""
+def refuse(config: LMConfig, mesh: MeshConfig, memory: MemoryConfig | None = None, compile: bool = False) -> None:
+    """Raise ValueError with the first reason why the mesh cannot hold the model. memory, compile: as it is run."""
     with torch.device("meta"):
         model = LM(config)
     refuse_ranks(model, mesh)
@@ -43,6 +44,7 @@ def refuse(config: LMConfig, mesh: MeshConfig) -> None:
     refuse_widths(model, mesh)
     refuse_uneven(model, mesh, "etp")
     refuse_heads(model, mesh)
+    refuse_overlap(model, mesh, memory or NoneConfig(), compile)
     if mesh.pp > 1:
         pipeline.refuse(mesh, len(config.expanded), micro_batches=2 * mesh.pp)
 
@@ -52,7 +54,6 @@ def refuse_memory(config: LMConfig, mesh: MeshConfig, memory: MemoryConfig, comp
     with torch.device("meta"):
         model = LM(config)
     memory.refuse(model)
-    refuse_overlap(model, mesh, memory, compile)
     if compile and memory.uncompiled:
         raise ValueError(
             f"memory {memory.kind} does not go with compiled layers, {memory.uncompiled}; leave compile out, or use "
@@ -208,17 +209,28 @@ def refuse_uneven(model: LM, mesh: MeshConfig, key: str) -> None:
     degree = getattr(mesh, key)
     # More heads than there are might break what their mixer asks of them.
     free = axis.name not in HEAD_AXES and all(other == axis for _, other in wrong)
+    setting = setting_of(model.config, name, axis.groups) if free else None
     raise ValueError(
         f"{key} is {degree}, which does not divide the {axis.groups} {axis.name} of {name}; "
         f"use {nearest(model, mesh, key)}"
-        + (f", or {math.ceil(axis.groups / degree) * degree} {axis.name}" if free else "")
+        + (f", or {setting}={math.ceil(axis.groups / degree) * degree}" if setting else "")
     )
+
+
+def setting_of(config: LMConfig, name: str, groups: int) -> str | None:
+    """The config's key whose value a parameter has so many groups by, if it is the only one that is this number."""
+    place, index, part, *_ = name.split(".") if name.startswith("layers.") else ("", "", "")
+    owner = getattr(config.expanded[int(index)], part) if place else config
+    found = [f.name for f in dataclasses.fields(owner) if getattr(owner, f.name) == groups]
+    return f"{part}.{found[0]}" if place and len(found) == 1 else found[0] if len(found) == 1 else None
 
 
 def refuse_heads(model: LM, mesh: MeshConfig) -> None:
     """Ulysses gives each context rank whole heads of what tensor ranks hold."""
+    in_place = dataclasses.replace(mesh, context="ring") if mesh.cp > 1 else mesh
+    ring = ", or context=ring, which leaves heads whole" if not uneven(model, in_place, "cp") else ""
     for name, axis in uneven(model, mesh, "cp"):
         raise ValueError(
             f"cp={mesh.cp} with tp={mesh.tp} needs {mesh.tp * mesh.cp} to divide the {axis.groups} {axis.name} of "
-            f"{name}; use {nearest(model, mesh, 'cp')}"
+            f"{name}; use {nearest(model, mesh, 'cp')}{ring}"
         )

@@ -51,7 +51,7 @@ def refuse_run(config: RunConfig) -> None:
     except ValueError as error:
         raise at("model.residual", str(error)) from error
     try:
-        refuse(config.model, config.mesh)
+        refuse(config.model, config.mesh, config.memory, config.train.compile)
         if config.mesh.pp > 1:
             rows = config.train.global_batch // config.micro_batches
             layers = len(config.model.expanded)

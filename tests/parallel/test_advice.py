@@ -59,9 +59,17 @@ def test_the_advised_degree_is_the_nearest_that_is_accepted(config: LMConfig, me
     assert not any(accepted(config, mesh, **{key: nearer}) for nearer in range(degree + 1, getattr(mesh, key))), said
 
 
+def test_a_ring_is_advised_where_heads_do_not_divide() -> None:
+    said = sentence(build(), MeshConfig(cp=3))
+    assert said is not None and said.endswith(", or context=ring, which leaves heads whole")
+    assert accepted(build(), MeshConfig(cp=3, context="ring"))
+    said = sentence(build(mixer="clipped_softmax"), MeshConfig(cp=3))
+    assert said is not None and "ring" not in said, "its heads are exchanged in a ring too"
+
+
 def test_another_count_is_advised_where_nothing_else_depends_on_it() -> None:
     said = sentence(build(vocab_size=33), MeshConfig(tp=2))
-    assert said is not None and said.endswith("use tp=1, or 34 vocab")
+    assert said is not None and said.endswith("use tp=1, or vocab_size=34")
     assert accepted(build(vocab_size=34), MeshConfig(tp=2))
     said = sentence(build(), MeshConfig(tp=16))
     assert said is not None and re.search(r"use tp=\d+$", said), "16 heads may not fit d_model or the key heads"

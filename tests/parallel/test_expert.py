@@ -152,6 +152,7 @@ def test_experts_compute_while_rows_are_under_way(pool: Pool) -> None:
         ("ep=2,ep_local=2", "with 2 each; leave it out"),
         ("dp=2,ep_chunks=2", "ep_chunks is 2, and ep is 1: no rows travel; leave it out"),
         ("ep=2,ep_chunks=0", "ep_chunks"),
+        ("ep=2,ep_chunks=1000000000", "there are at most 64; use fewer, such as 2"),
     ],
 )
 def test_ways_that_cannot_be(mesh: str, said: str) -> None:

@@ -191,6 +191,8 @@ def test_evaluation_on_a_mesh_hands_on_what_was_asked(
     assert called[1] == ["-m", "launch.cli", "eval", model, *made.texts[:2], "--mesh=tp=2", made.texts[2], *how]
     assert MeshConfig.parse("tp=2").world_size == called[0].nproc
     assert refused(capsys, "eval", model, "--mesh=tp=2", "nowhere.txt").startswith("'nowhere.txt' has no file; ")
+    said = refused(capsys, "eval", model, *made.texts, "--mesh=tp=2,overlap=true")
+    assert "adds a branch's output at once" in said, "before any process starts"
     assert refused(capsys, "eval", made.models["native"], "--mesh=tp=2").endswith(
         "is an export, which runs on one process, not on 2; evaluate the run on a mesh instead"
     )
