@@ -19,7 +19,7 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
 from trainer.allocator import keep_freed_memory
 from trainer.config import TIMEOUT, RunConfig
-from trainer.gathering import DIED, connect, of_attempt
+from trainer.gathering import DIED, VERDICT, connect, of_attempt
 from trainer.verdict import named
 from trainer.watch import PEER_LOST, SaveLostError, Watch, lost_peer
 from trainer.whereabouts import SAVING, TRAINING, Whereabouts
@@ -88,13 +88,15 @@ def joined(config: MeshConfig, timeout: float = TIMEOUT, where: Whereabouts | No
     rank, world = int(os.environ["RANK"]), config.world_size
     limit = timedelta(seconds=timeout)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    store = None
     try:
         store = meet(rank, world, max(timeout, START))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except RuntimeError as error:
         if os.environ.get("WEFT_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"weft: rank {rank} ends: {sentence(error)}", file=sys.stderr)
+        if store is None or not said(store):
+            print(f"weft: rank {rank} ends: {sentence(error)}", file=sys.stderr)
         raise SystemExit(PEER_LOST) from error
     try:
         with watched(where or Whereabouts(), rank, world, timeout):
@@ -106,8 +108,8 @@ def joined(config: MeshConfig, timeout: float = TIMEOUT, where: Whereabouts | No
 def meet(rank: int, world: int, seconds: float) -> Store:
     """The store of the run, once all its processes are there. They import and read the config at different speeds.
 
-    Raises RuntimeError where they are not within `seconds`, and SystemExit where a launcher, which says so, has seen
-    one die.
+    Where they are not within `seconds`, raises RuntimeError on the first rank of those that are, and SystemExit on the
+    others; SystemExit too where a launcher, which says so, has seen one die.
     """
     store, *_ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=seconds)))
     own = of_attempt(store)
@@ -119,12 +121,22 @@ def meet(rank: int, world: int, seconds: float) -> Store:
             raise SystemExit(PEER_LOST)
         if time.monotonic() > deadline:
             missing = [other for other in range(world) if not own.check([f"here/{other}"])]
+            if set(range(rank)) - set(missing):
+                raise SystemExit(PEER_LOST)
+            own.set(VERDICT, "")
             raise RuntimeError(
                 f"{named(missing)} did not come within {seconds:g} s; start all {world} processes at the same time, on "
                 "machines that reach one another"
             )
         time.sleep(0.1)
     return store
+
+
+def said(store: Store) -> bool:
+    """Whether another process has said why the run did not begin."""
+    with contextlib.suppress(RuntimeError):
+        return of_attempt(store).check([VERDICT])
+    return False
 
 
 def build_engine(config: RunConfig, mesh: Mesh, compile: bool = False) -> Engine:
