@@ -5,11 +5,10 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
-
-import pytest
+from types import MappingProxyType
+from typing import Any
 
 from launch.local import ROOT, environment
 
@@ -40,14 +39,15 @@ class Hosts:
             ip("-n", name, "addr", "add", f"10.77.0.{host}/30", "dev", link)
             ip("-n", name, "link", "set", link, "up")
 
-    def start(self, host: int, command: Sequence[str], out: IO[str]) -> subprocess.Popen[str]:
-        """Run a command on a host, which is called `a` or `b`."""
+    def start(
+        self, host: int, command: Sequence[str], own: Mapping[str, str] = MappingProxyType({}), **outputs: Any
+    ) -> subprocess.Popen[str]:
+        """Run a command on a host, which is called `a` or `b`. own: environment variables. outputs: stdout and stderr,
+        as of `subprocess`."""
         name = f'hostname {"ab"[host]} && exec "$@"'
         where = ["ip", "netns", "exec", self.names[host], "unshare", "--uts", "sh", "-c", name, "sh"]
-        own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.links[host]}
-        process = subprocess.Popen(
-            [*where, *command], env={**environment(os.environ), **own}, cwd=ROOT, stdout=out, stderr=out, text=True
-        )
+        env = {**environment(os.environ), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.links[host], **own}
+        process = subprocess.Popen([*where, *command], env=env, cwd=ROOT, text=True, **outputs)
         self._started.append(process)
         return process
 
@@ -82,21 +82,25 @@ def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30).stdout
 
 
+class NoHosts(Exception):
+    """Why there can be none here, in a sentence."""
+
+
 @contextlib.contextmanager
 def two_hosts() -> Iterator[Hosts]:
-    """Skips the test where there can be none."""
+    """Raises NoHosts."""
     if (
         os.geteuid()
         or not all(map(shutil.which, ("ip", "unshare", "hostname")))
         or not Path("/proc/self/ns/net").exists()
     ):
-        pytest.skip("network namespaces take root and the tools ip, unshare and hostname")
+        raise NoHosts("network namespaces take root and the tools ip, unshare and hostname")
     hosts = Hosts()
     try:
         try:
             hosts.make()
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+            raise NoHosts(f"no network namespaces here: {error.stderr.strip()}") from error
         yield hosts
     finally:
         hosts.remove()
