@@ -6,7 +6,7 @@ tensor ranks hold saw only local tokens or heads, and are summed over those; cop
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -50,24 +50,31 @@ class Held:
         return index, count
 
 
-def sum_bucket(gradients: list[Tensor], ranks: Ranks) -> None:
-    """One all-reduce per dtype for many tensors."""
-    if ranks.size == 1:
-        return
+def in_buckets(gradients: list[Tensor], total: Callable[[Tensor], Tensor]) -> None:
+    """Replace gradients by their totals. total: of one flat tensor, taken once per dtype."""
     for dtype in sorted({g.dtype for g in gradients}, key=str):
         same = [g for g in gradients if g.dtype == dtype]
-        flat = ranks.sum_(torch.cat([g.reshape(-1) for g in same]))
+        flat = total(torch.cat([g.reshape(-1) for g in same]))
         for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
 
-def sum_pieces(held: Held, tp: Ranks) -> None:
-    """Sum over the tensor ranks that hold the same piece: each piece has a slot in one all-reduced buffer."""
-    gradient = held.gradient
-    slot = tp.index * held.shard.pieces // tp.size
-    slots = gradient.new_zeros((held.shard.pieces, *gradient.shape))
-    slots[slot] = gradient
-    gradient.copy_(tp.sum_(slots)[slot])
+def sum_bucket(gradients: list[Tensor], ranks: Ranks) -> None:
+    """Sum over ranks that all hold the same elements."""
+    if ranks.size > 1:
+        in_buckets(gradients, ranks.sum_)
+
+
+def sum_pieces(gradients: list[Tensor], pieces: int, tp: Ranks) -> None:
+    """Sum over the tensor ranks that hold the same piece: each piece has a slot in the all-reduced buffer."""
+    slot = tp.index * pieces // tp.size
+
+    def total(flat: Tensor) -> Tensor:
+        slots = flat.new_zeros((pieces, flat.numel()))
+        slots[slot] = flat
+        return tp.sum_(slots)[slot]
+
+    in_buckets(gradients, total)
 
 
 @torch.no_grad()
@@ -81,9 +88,8 @@ def reduce(parameters: Iterable[Held], mesh: Mesh, shared: Mapping[str, Ranks]) 
     sum_bucket([h.gradient for h in parameters if not h.sharded and h.shard.expert], mesh.expert_data)
     dense = [h for h in parameters if not h.shard.expert]
     sum_bucket([h.gradient for h in dense if h.shard.pieces == 1], mesh.tp)
-    for held in dense:
-        if 1 < held.shard.pieces < mesh.tp.size:
-            sum_pieces(held, mesh.tp)
+    for pieces in sorted({h.shard.pieces for h in dense if 1 < h.shard.pieces < mesh.tp.size}):
+        sum_pieces([h.gradient for h in dense if h.shard.pieces == pieces], pieces, mesh.tp)
     for ranks, names in by_ranks(shared):
         copies = [[h.gradient for h in parameters if h.shard.name == name] for name in names]
         totals = [torch.stack(same).sum(0) for same in copies if same]
