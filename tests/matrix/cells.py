@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from configs.structure import instantiate
@@ -70,8 +71,9 @@ def on_meshes() -> list[Cell]:
     return [Cell(name, kind, mesh) for name, slot in TABLES.items() for kind in slot.kinds() for mesh in MESHES]
 
 
-def combinations() -> list[Cell]:
-    return [Cell(COMBINATION, " ".join(kind for _, kind in row), "") for row in covering.array()[0]]
+def combinations(rows: Iterable[covering.Choices]) -> list[Cell]:
+    """The models of a covering array."""
+    return [Cell(COMBINATION, " ".join(kind for _, kind in row), "") for row in rows]
 
 
 def needs(mesh: str) -> dict[str, Any]:
@@ -83,30 +85,35 @@ def needs(mesh: str) -> dict[str, Any]:
     }
 
 
-def trial(cell: Cell) -> Trial:
-    """Raises ValueError where the kinds alone are refused."""
+def parts(cell: Cell) -> tuple[LMConfig, MemoryConfig | OptimConfig | None]:
+    """The model, and what is tried on it if that is no part of a model. Raises ValueError where the kinds alone are
+    refused."""
     if cell.table == COMBINATION:
-        return on_some_mesh(cell)
+        return covering.config_of(tuple(zip(covering.kinds(), cell.row.split(), strict=True))), None
     if TABLES[cell.table] in ALL_SLOTS:
-        return Trial(of_kind(cell.table, cell.row, **needs(cell.mesh)), cell.mesh, check.Settings())
-    # What is not a part of the model is tried on one model.
-    fields = needs(cell.mesh) if MeshConfig.parse(cell.mesh).overlap else MODEL
-    config = build(**fields)
+        return of_kind(cell.table, cell.row, **needs(cell.mesh)), None
+    config = build(**(needs(cell.mesh) if MeshConfig.parse(cell.mesh).overlap else MODEL))
     example = TABLES[cell.table].of_kind(cell.row).example
     kind = instantiate(TABLES[cell.table], {"kind": cell.row, **example})
+    assert isinstance(kind, MemoryConfig | OptimConfig)
+    return config, kind
+
+
+def trial(cell: Cell) -> Trial:
+    """Raises ValueError where the kinds alone are refused."""
+    config, kind = parts(cell)
     if isinstance(kind, OptimConfig):
-        settings = check.Settings(update=functools.partial(one_step, kind))
-    else:
-        assert isinstance(kind, MemoryConfig)
-        settings = check.Settings(memory=kind)
-    return Trial(config, cell.mesh, settings)
+        return Trial(config, cell.mesh, check.Settings(update=functools.partial(one_step, kind)))
+    if isinstance(kind, MemoryConfig):
+        return Trial(config, cell.mesh, check.Settings(memory=kind))
+    if cell.mesh:
+        return Trial(config, cell.mesh, check.Settings())
+    return on_some_mesh(cell, config)
 
 
-def on_some_mesh(cell: Cell) -> Trial:
+def on_some_mesh(cell: Cell, config: LMConfig) -> Trial:
     """The model on the first mesh that takes it, each model from another one on."""
-    rows = [" ".join(kind for _, kind in row) for row in covering.array()[0]]
-    turn = rows.index(cell.row)
-    config = covering.config_of(covering.array()[0][turn])
+    turn = combinations(covering.array()[0]).index(cell)
     for mesh in (*MESHES[turn % len(MESHES) :], *MESHES):
         found = Trial(config, mesh, check.Settings())
         try:

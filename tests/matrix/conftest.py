@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.matrix.code import Versions
 from tests.matrix.records import Book
 
 
@@ -12,4 +13,4 @@ from tests.matrix.records import Book
 def book() -> Book | None:
     """The records in the folder that WEFT_RECORDS names; None without one."""
     folder = os.environ.get("WEFT_RECORDS")
-    return Book(Path(folder)) if folder else None
+    return Book(Path(folder), Versions()) if folder else None

@@ -102,7 +102,7 @@ def gathered_logits_fed_to_the_split_loss() -> Iterator[None]:
 @plant("two_kv_heads", "tp=4")
 def replicated_key_value_heads_not_summed() -> Iterator[None]:
     """bigcode/Megatron-LM #35."""
-    with mock.patch.object(gradients, "sum_pieces", lambda held, tp: None):
+    with mock.patch.object(gradients, "sum_pieces", lambda held, pieces, tp: None):
         yield
 
 

@@ -9,15 +9,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tests.matrix import cells, covering, records
-from tests.matrix.cells import COMBINATION, Cell
+import torch
+
+from tests.matrix import cells, covering
+from tests.matrix.cells import Cell
+from tests.matrix.code import Versions
 from tests.matrix.covering import Choices
 from tests.matrix.meshes import MESHES
-from tests.matrix.records import Record
+from tests.matrix.records import OUTCOMES, Book, Record
 
 INTRODUCTION = """# What equals one process, on which mesh
 
-Written by `make support` alone, from the records of its sweep: code {code}, {equal} cells equal, {refused} refused.
+Written by `make support` alone, from the records of its sweep: {equal} cells equal, {refused} refused. Each was tried
+on the code that it depends on as it was when this was written (torch {torch}).
 
 A number says that an optimiser step of a small model with the kind equals one process's in float64: it is the worst
 error of any parameter's gradient, relative to its largest element (`weft check` lists all else that is compared, and
@@ -92,21 +96,20 @@ def pairs(rows: Sequence[Choices], apart: Mapping[Choices, str], notes: Notes) -
 def check_all(found: Mapping[Cell, Record], due: Sequence[Cell]) -> None:
     """Raise Holes where a cell has no record, or one that says that it is wrong."""
     if missing := [cell for cell in due if cell not in found]:
-        raise Holes(f"{len(missing)} of {len(due)} cells have no record of this code, {missing[0]} for one")
+        raise Holes(f"{len(missing)} of {len(due)} cells have no record of their code, {missing[0]} for one")
     if wrong := [found[cell] for cell in due if found[cell].outcome == "wrong"]:
         reasons = "\n".join(f"{record.cell} on {record.mesh}: {record.reason}" for record in wrong)
         raise Holes(f"{len(wrong)} of {len(due)} cells are wrong:\n{reasons}\nMend them")
 
 
-def page(found: Mapping[Cell, Record], rows: Sequence[Choices], apart: Mapping[Choices, str], code: str) -> str:
+def page(found: Mapping[Cell, Record], rows: Sequence[Choices], apart: Mapping[Choices, str]) -> str:
     """The whole page. Raises Holes."""
-    cells_of_rows = [Cell(COMBINATION, " ".join(kind for _, kind in row), "") for row in rows]
-    due = [*cells.on_meshes(), *cells_of_rows]
+    due = [*cells.on_meshes(), *cells.combinations(rows)]
     check_all(found, due)
     counted = Counter(found[cell].outcome for cell in due)
     notes = Notes()
     lines = [
-        INTRODUCTION.format(code=code, **{outcome: counted[outcome] for outcome in records.OUTCOMES}),
+        INTRODUCTION.format(torch=torch.__version__, **{outcome: counted[outcome] for outcome in OUTCOMES}),
         *on_meshes(found, notes),
         *pairs(rows, apart, notes),
         "## Why it is refused",
@@ -117,12 +120,12 @@ def page(found: Mapping[Cell, Record], rows: Sequence[Choices], apart: Mapping[C
 
 
 def main(folder: str, to: str) -> None:
-    code = records.code_version()
-    found = records.read(Path(folder), code)
+    book = Book(Path(folder), Versions())
     try:
         # First without the combinations, which take some ten seconds to find.
-        check_all(found, cells.on_meshes())
-        text = page(found, *covering.array(), code)
+        check_all(book.of(cells.on_meshes()), cells.on_meshes())
+        rows, apart = covering.array()
+        text = page(book.of([*cells.on_meshes(), *cells.combinations(rows)]), rows, apart)
     except Holes as holes:
         sys.exit(f"{to} is not written: {holes}; `make support` goes on where it stopped")
     Path(to).write_text(text)

@@ -16,21 +16,21 @@ from tests.matrix.records import Book, Record
 
 
 def tried(cell: Cell, pool: Pool) -> Record:
-    """What becomes of it. code: left out."""
+    """What becomes of it."""
     try:
         trial = cells.trial(cell)
         trial.refuse()
     except ValueError as error:
         expected = cells.may_be_refused(str(error))
-        return Record(cell, "", "refused" if expected else "wrong", cell.mesh, reason=str(error))
+        return Record(cell, "refused" if expected else "wrong", cell.mesh, reason=str(error))
     try:
         report = check.run(trial.config, MeshConfig.parse(trial.mesh), trial.settings, pool, timeout=120)
     except Exception as error:
-        return Record(cell, "", "wrong", trial.mesh, reason=f"{type(error).__name__}: {error}")
+        return Record(cell, "wrong", trial.mesh, reason=f"{type(error).__name__}: {error}")
     if report.ok:
-        return Record(cell, "", "equal", trial.mesh, max(report.gradients.values()))
+        return Record(cell, "equal", trial.mesh, max(report.gradients.values()))
     wrong = [describe(trial.config), f"on {trial.mesh}", *report.wrong[:10]]
-    return Record(cell, "", "wrong", trial.mesh, reason="\n".join(wrong))
+    return Record(cell, "wrong", trial.mesh, reason="\n".join(wrong))
 
 
 def hold(cell: Cell, pool: Pool, book: Book | None) -> None:
@@ -40,7 +40,7 @@ def hold(cell: Cell, pool: Pool, book: Book | None) -> None:
     start = time.monotonic()
     record = tried(cell, pool)
     if book is not None:
-        book.add(dataclasses.replace(record, code=book.code, seconds=time.monotonic() - start))
+        book.add(dataclasses.replace(record, seconds=time.monotonic() - start))
     assert record.outcome != "wrong", record.reason
 
 
@@ -58,5 +58,5 @@ def test_every_pair_of_kinds(mixer: str, residual: str, pool: Pool, book: Book |
     rows = [row for row in covering.array()[0] if {("mixer", mixer), ("residual", residual)} <= set(row)]
     if not rows:
         pytest.skip("these two may not meet")
-    for row in rows:
-        hold(Cell(cells.COMBINATION, " ".join(kind for _, kind in row), ""), pool, book)
+    for cell in cells.combinations(rows):
+        hold(cell, pool, book)

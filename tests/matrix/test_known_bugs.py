@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, build
 from tests.matrix.known_bugs import BUGS
 from tests.matrix.plants import Place, plant, run_planted
-from tests.matrix.records import ROOT
 from tests.matrix.test_matrix import COMBINATIONS
 
+ROOT = Path(__file__).parents[2]
 CONFIGS = {
     **COMBINATIONS,
     "plain": build(),

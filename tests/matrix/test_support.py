@@ -1,5 +1,6 @@
 """The support table, and that what it is made of is complete."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from parallel.mesh import SCHEDULES, MeshConfig
+from parallel import check
+from parallel.engine import Engine
+from parallel.mesh import SCHEDULES, Mesh, MeshConfig
 from tests.matrix import cells, covering, support
 from tests.matrix.cells import COMBINATION, Cell
+from tests.matrix.code import PACKAGES, Versions
 from tests.matrix.meshes import MESHES, family
-from tests.matrix.records import ROOT, Book, Record, code_version, read
+from tests.matrix.records import Book, Record, read
 
+ROOT = Path(__file__).parents[2]
 ROW = tuple((slot, kinds[0]) for slot, kinds in covering.kinds().items())
 APART = {(("residual", "hyper"), ("shortcut", "laurel")): "laurel needs one path; use none"}
 LINE = " ".join(kind for _, kind in ROW)
@@ -22,11 +27,11 @@ LINE = " ".join(kind for _, kind in ROW)
 
 def records() -> dict[Cell, Record]:
     """Of every cell: all equal but for one refusal."""
-    found = {cell: Record(cell, "c", "equal", cell.mesh, 2e-14) for cell in cells.on_meshes()}
+    found = {cell: Record(cell, "equal", cell.mesh, 2e-14) for cell in cells.on_meshes()}
     refused = Cell("ffn", "swiglu", "ep=2")
-    found[refused] = Record(refused, "c", "refused", "ep=2", reason="ep is 2 and the model has no experts; use ep=1")
+    found[refused] = Record(refused, "refused", "ep=2", reason="ep is 2 and the model has no experts; use ep=1")
     combination = Cell(COMBINATION, LINE, "")
-    return {**found, combination: Record(combination, "c", "equal", "tp=2", 1e-15)}
+    return {**found, combination: Record(combination, "equal", "tp=2", 1e-15)}
 
 
 def columns(text: str) -> dict[str, list[list[str]]]:
@@ -46,7 +51,7 @@ def names_all(text: str) -> bool:
 
 
 def test_the_page() -> None:
-    text = support.page(records(), [ROW], APART, "c0de")
+    text = support.page(records(), [ROW], APART)
     assert names_all(text)
     rows = columns(text)["ffn"]
     at = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows}
@@ -58,7 +63,7 @@ def test_the_page() -> None:
 
 
 def test_a_page_without_a_kind_or_a_mesh_is_stale() -> None:
-    text = support.page(records(), [ROW], APART, "c0de")
+    text = support.page(records(), [ROW], APART)
     assert not names_all(text.replace("| mla |", "| mlb |"))
     assert not names_all(text.replace("| `tp=4` |", "| `tp=8` |"))
 
@@ -66,23 +71,23 @@ def test_a_page_without_a_kind_or_a_mesh_is_stale() -> None:
 def test_a_hole_is_named() -> None:
     missing = Cell("mixer", "mla", "tp=2")
     found = {cell: record for cell, record in records().items() if cell != missing}
-    expected = rf"^1 of {len(records())} cells have no record of this code, mixer-mla-tp=2 for one$"
+    expected = rf"^1 of {len(records())} cells have no record of their code, mixer-mla-tp=2 for one$"
     with pytest.raises(support.Holes, match=expected):
-        support.page(found, [ROW], APART, "c0de")
+        support.page(found, [ROW], APART)
 
 
 def test_what_is_wrong_is_no_support() -> None:
     cell = Cell("mixer", "mla", "tp=2")
-    found = {**records(), cell: Record(cell, "c", "wrong", "tp=2", reason="gradient of embed.weight: 1e-03 > 1e-09")}
+    found = {**records(), cell: Record(cell, "wrong", "tp=2", reason="gradient of embed.weight: 1e-03 > 1e-09")}
     with pytest.raises(support.Holes, match=r"mixer-mla-tp=2 on tp=2: gradient of embed\.weight: 1e-03"):
-        support.page(found, [ROW], APART, "c0de")
+        support.page(found, [ROW], APART)
 
 
 def test_without_records_nothing_is_written(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.matrix.support", str(tmp_path), str(tmp_path / "support.md")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1 and not list(tmp_path.iterdir())
-    assert "cells have no record of this code" in done.stderr and "`make support` goes on" in done.stderr
+    assert "cells have no record of their code" in done.stderr and "`make support` goes on" in done.stderr
 
 
 @pytest.mark.skipif(not (ROOT / "docs" / "support.md").exists(), reason="the page has not been written yet")
@@ -90,20 +95,53 @@ def test_the_page_of_the_docs_is_of_these_kinds_and_meshes() -> None:
     assert names_all((ROOT / "docs" / "support.md").read_text()), "write it again with make support"
 
 
-def test_records_come_back(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def versions() -> Versions:
+    return Versions()
+
+
+def test_records_come_back(tmp_path: Path, versions: Versions) -> None:
     """The latest of this code, without the line that was being written when a process ended."""
     cell, other = Cell("mixer", "mla", "tp=2"), Cell("mixer", "mla", "tp=4")
-    first, second = Book(tmp_path / "new"), Book(tmp_path / "new")
-    first.add(Record(cell, code_version(), "wrong", "tp=2", reason="loss", at=1.0))
-    second.add(Record(other, code_version(), "equal", "tp=4", 1e-14, at=2.0))
-    assert not Book(tmp_path / "new").has(cell), "what was wrong is tried again"
-    second.add(Record(cell, code_version(), "equal", "tp=2", 1e-15, at=3.0))
-    second.add(Record(other, "another", "wrong", "tp=4", at=4.0))
+    first, second = Book(tmp_path / "new", versions), Book(tmp_path / "new", versions)
+    first.add(Record(cell, "wrong", "tp=2", reason="loss", at=1.0))
+    second.add(Record(other, "equal", "tp=4", 1e-14, at=2.0))
+    assert not Book(tmp_path / "new", versions).has(cell), "what was wrong is tried again"
+    second.add(Record(cell, "equal", "tp=2", 1e-15, at=3.0))
     with first.file.open("a") as out:
+        out.write(json.dumps(dataclasses.asdict(Record(other, "wrong", "tp=4", code="another", at=4.0))) + "\n")
         out.write(json.dumps({"cell": {"table": "mixer"}})[:20])
-    found = read(tmp_path / "new", code_version())
-    assert {cell: record.error for cell, record in found.items()} == {cell: 1e-15, other: 1e-14}
-    assert Book(tmp_path / "new").has(cell) and Book(tmp_path / "new").has(other)
+    book = Book(tmp_path / "new", versions)
+    assert len(read(tmp_path / "new")) == 3
+    assert {cell: record.error for cell, record in book.of([cell, other]).items()} == {cell: 1e-15, other: 1e-14}
+    assert book.has(cell) and book.has(other)
+
+
+DEPENDENT = {
+    # A mixer, a memory that needs others, an optimiser, and a model that has most of its parts from plug-ins.
+    Cell("mixer", "gated_deltanet", "tp=2"): ("models.mixers.mla", "models.residual.hyper"),
+    Cell("memory", "pareprop", "tp=2"): ("models.memory.offload", "models.mixers.rg_lru"),
+    Cell("optim", "muon", "tp=2"): ("trainer.optim.sgd", "models.mixers.rg_lru"),
+    Cell(COMBINATION, LINE, ""): ("models.ffn.moe_plus_plus", "models.residual.reversible"),
+}
+
+
+@pytest.mark.parametrize("cell", DEPENDENT, ids=str)
+def test_what_a_cell_depends_on(cell: Cell, versions: Versions) -> None:
+    """All modules that run in its step, and no plug-in that its model lacks."""
+    config, kind = cells.parts(cell)
+    settings = check.Settings() if kind is None else cells.trial(cell).settings
+    batch = check.make_batch(config, MeshConfig(), settings)
+    ran = set()
+    sys.setprofile(lambda frame, event, argument: ran.add(frame.f_globals.get("__name__", "")))
+    try:
+        engine = Engine(config, Mesh.single(), seed=0, dtype=settings.dtype, memory=settings.memory)
+        check.take_step(engine, batch, 1, None, settings)
+    finally:
+        sys.setprofile(None)
+    behind = versions.behind_cell(cell)
+    assert {name for name in ran if name.split(".")[0] in PACKAGES} - {__name__} <= behind
+    assert behind.isdisjoint(DEPENDENT[cell])
 
 
 @pytest.mark.parametrize(
