@@ -13,7 +13,8 @@ from torch import Tensor
 from models.config import LMConfig
 from models.lm import LM
 from tests.contract import test_contract as contract
-from tests.contract.tiny import MANY, build, describe, draw
+from tests.contract.draws import MANY, draw
+from tests.contract.tiny import build, describe
 
 PROMISES: tuple[Callable[[LMConfig], None], ...] = (
     contract.test_shapes_gradients_and_dtype,

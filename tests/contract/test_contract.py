@@ -10,7 +10,8 @@ from models.lm import LM, LOSSES
 from models.params import initialize, named_specs
 from models.plugin import promises
 from models.state import Layout, Side
-from tests.contract.tiny import ALL_SLOTS, build, describe, draw, every_kind, of_kind
+from tests.contract.draws import draw
+from tests.contract.tiny import ALL_SLOTS, build, describe, every_kind, of_kind
 
 KINDS = [pytest.param(of_kind(slot, kind), id=f"{slot}-{kind}") for slot, kind in every_kind()]
 KEYS = torch.tensor([5, 6])

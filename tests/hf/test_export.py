@@ -21,7 +21,7 @@ from models.hf import formats, modeling_weft, reload
 from models.hf.configuration_weft import WeftConfig
 from models.hf.export import CHECK_SHAPE, ExportConfig, export, write
 from models.lm import LM
-from tests.contract import tiny
+from tests.contract import draws, tiny
 from tests.hf import user
 from trainer.data.tokenizers.sentencepiece import SentencePiece, TokenizerConfig
 
@@ -42,7 +42,7 @@ def environment(scratch: Path) -> dict[str, str]:
 
 
 CASES: dict[str, LMConfig] = {f"{slot}-{kind}": tiny.of_kind(slot, kind) for slot, kind in tiny.every_kind()}
-CASES |= {f"drawn-{seed}": tiny.draw(seed) for seed in range(3)}
+CASES |= {f"drawn-{seed}": draws.draw(seed) for seed in range(3)}
 CONTROLLED = {"kind": "skip_middle", "controller": {"kind": "proportional", "middle": 0.3}}
 CASES["controlled"] = tiny.build(depth=CONTROLLED)
 CASES["tied"] = tiny.build(num_layers=1, tie_embeddings=True)
@@ -126,12 +126,12 @@ def found(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "seeds", [tiny.MANY[first : first + TOGETHER] for first in range(0, len(tiny.MANY), TOGETHER)], ids=str
+    "seeds", [draws.MANY[first : first + TOGETHER] for first in range(0, len(draws.MANY), TOGETHER)], ids=str
 )
 @pytest.mark.timeout(600)
 def test_many_random_combinations(seeds: range, tmp_path: Path) -> None:
     """Those that do not decode step by step are loaded, padded and compared all the same."""
-    drawn = {str(tmp_path / f"drawn-{seed}"): tiny.draw(seed) for seed in seeds}
+    drawn = {str(tmp_path / f"drawn-{seed}"): draws.draw(seed) for seed in seeds}
     for name, config in drawn.items():
         make(config, Path(name))
     result = loaded_alone([*drawn], [], tmp_path)

@@ -12,7 +12,7 @@ from configs.validate import parse
 from models.config import LMConfig
 from parallel.check import MOST_RANKS, Settings, refuse_combination
 from parallel.mesh import SCHEDULES, MeshConfig
-from tests.contract.tiny import draw
+from tests.contract.draws import draw
 from trainer.config import RunConfig
 from trainer.preflight import refuse_run
 

@@ -13,7 +13,8 @@ from parallel import check
 from parallel.engine import Engine
 from parallel.mesh import CONTEXTS, Mesh, MeshConfig
 from parallel.testing import Pool
-from tests.contract.tiny import HYBRID, MANY, build, describe, draw, every_kind, of_kind, plain
+from tests.contract.draws import MANY, draw
+from tests.contract.tiny import HYBRID, build, describe, every_kind, of_kind, plain
 from tests.matrix.meshes import EVERYDAY, MESHES
 
 COMBINATIONS: dict[str, LMConfig] = {

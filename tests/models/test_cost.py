@@ -11,7 +11,8 @@ from models.config import LMConfig
 from models.cost import cost
 from models.lm import LM
 from models.params import initialize
-from tests.contract.tiny import VARIANTS, build, every_kind, plain
+from tests.contract.draws import VARIANTS
+from tests.contract.tiny import build, every_kind, plain
 
 WIDTH = 16  # of the small models
 BETWEEN = ("residual", "shortcut", "values", "depth")  # the slots that say what they do between layers

@@ -12,7 +12,8 @@ from models.lm import LM
 from parallel import check, stages
 from parallel.mesh import MeshConfig
 from parallel.testing import Pool
-from tests.contract.tiny import HYBRID, build, draw
+from tests.contract.draws import draw
+from tests.contract.tiny import HYBRID, build
 
 SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
 

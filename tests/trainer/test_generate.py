@@ -13,7 +13,7 @@ from models.decoding import check_generates, refusals
 from models.ffn.swiglu import SwiGLUConfig
 from models.lm import LM
 from models.mixers.attention import AttentionConfig
-from tests.contract import tiny
+from tests.contract import draws, tiny
 from tests.contract.tiny import spread
 from trainer.generate import choose, generate, row_generator
 
@@ -29,7 +29,7 @@ def stepwise(model: LM, prompt: list[int], count: int) -> list[int]:
 
 
 CONFIGS = {f"{slot}-{kind}": tiny.of_kind(slot, kind) for slot, kind in tiny.every_kind()}
-CONFIGS |= {f"drawn-{seed}": tiny.draw(seed) for seed in range(4)}
+CONFIGS |= {f"drawn-{seed}": draws.draw(seed) for seed in range(4)}
 
 
 @pytest.mark.parametrize("case", [case for case, config in CONFIGS.items() if not any(refusals(config))])
