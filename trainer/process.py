@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -50,6 +51,9 @@ def watched(where: Whereabouts, rank: int, world: int, timeout: float) -> Iterat
 
     With WEFT_TRACEBACK=1 every process shows too where it lost them.
     """
+    if os.environ.get("WEFT_TRACEBACK") != "1":
+        # A stage that loses another would write the schedule of its whole step.
+        logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
     store = connect(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
     with Watch(where, store, rank, world, timeout, os.environ.get("LOCAL_RANK", "0") == "0") as watch:
         try:

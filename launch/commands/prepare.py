@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     for name, split in manifest["splits"].items():
         print(f"{args.out}/{name}: {split['documents']:,} documents, {split['tokens']:,} tokens")
     if manifest["skipped"]:
-        print(f"{manifest['skipped']:,} documents were passed over: empty, or not UTF-8")
+        print(f"documents passed over, because they are empty or not UTF-8: {manifest['skipped']:,}")
     return 0
 
 

@@ -205,7 +205,7 @@ def test_restarts(tmp_path: Path) -> None:
 
 
 CONNECTS = """
-import os, pathlib, signal, sys, time
+import logging, os, pathlib, signal, sys, time
 import torch, torch.distributed as dist
 from parallel.mesh import MeshConfig
 from trainer.process import joined
@@ -218,6 +218,8 @@ with joined(MeshConfig(fsdp=2)) as mesh:
     mesh.data.sum_(torch.ones(1))
     if rank == "1" and attempt in sys.argv[2]:
         exec(sys.argv[3])
+    # As torch does where a stage of a pipeline loses another.
+    logging.getLogger("torch.distributed.pipelining.schedules").error("Full Schedule")
     mesh.data.sum_(torch.ones(1))
 (folder / f"done-{rank}").touch()
 """

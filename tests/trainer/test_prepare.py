@@ -207,7 +207,7 @@ def test_lines_that_are_not_utf8_are_passed_over(
     for name in ("good", "bad"):
         command = ["prepare", str(tmp_path / name), str(tmp_path / f"{name}.jsonl"), "--tokenizer", model]
         assert main([*command, "--valid-bytes", "2000", "--workers", "1"]) == 0
-    assert "1 documents were passed over: empty, or not UTF-8" in capsys.readouterr().out
+    assert "documents passed over, because they are empty or not UTF-8: 1" in capsys.readouterr().out
     assert files_of(tmp_path / "bad") == files_of(tmp_path / "good")
 
 

@@ -67,7 +67,7 @@ def test_text_gives_the_tokens_that_prepare_gives(data: Path, tmp_path: Path) ->
     assert np.array_equal(found.tokens, prepared.tokens)
     assert np.array_equal(found.starts, prepared.starts)
     assert found.bytes == prepared.bytes == sum(map(len, texts))
-    assert "1 documents were passed over" in out.getvalue()
+    assert "documents passed over, because they are empty or not UTF-8: 1" in out.getvalue()
 
 
 def test_the_bytes_of_a_part_are_those_of_its_text(tmp_path: Path, data: Path) -> None:

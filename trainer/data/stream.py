@@ -65,7 +65,7 @@ class Stream:
         if not writer.documents:
             raise ValueError(f"{name} holds no text: {skipped} documents are empty or not UTF-8; give other files")
         if skipped:
-            say(console, f"warning: {skipped:,} documents were passed over: empty, or not UTF-8")
+            say(console, f"warning: documents passed over, because they are empty or not UTF-8: {skipped:,}")
         lengths = np.frombuffer(length_bytes.getbuffer(), dtype="<i4").astype(np.int64)
         tokens = np.frombuffer(token_bytes.getbuffer(), dtype=writer.dtype)
         return cls(name, tokens, lengths.cumsum() - lengths, tokenizer.vocab_size, writer.bytes)
