@@ -24,13 +24,16 @@ class Flight:
     def __init__(self, x: Tensor, there: Start, back: Start) -> None:
         self._there, self._back = there, back
         self._under_way: tuple[Tensor, Tensor, dist.Work] | None = None
-        self.carrier = Launch.apply(x, self)
+        self.carrier: Tensor | None = Launch.apply(x, self)
 
     @torch.compiler.disable()
     def wait(self, carrier: Tensor | None = None) -> Tensor:
         """What has arrived; to be asked for once. carrier: what the flight's has become on its way, in autograd's
         graph."""
-        return Wait.apply(self.carrier if carrier is None else carrier, self)
+        # Kept, the carrier would keep its node, which keeps this: a cycle through autograd's own memory, where Python
+        # collects none.
+        own, self.carrier = self.carrier, None
+        return Wait.apply(own if carrier is None else carrier, self)
 
     def forth(self, x: Tensor) -> None:
         self._launch(x, self._there)

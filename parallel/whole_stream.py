@@ -33,8 +33,10 @@ class Arrivals:
 
     def launch(self, flight: Flight, finish: Finish) -> Tensor:
         """finish: done to what arrives."""
-        self._flights[place(flight.carrier)] = flight, finish
-        return flight.carrier
+        carrier = flight.carrier
+        assert carrier is not None, "it has landed"
+        self._flights[place(carrier)] = flight, finish
+        return carrier
 
     def land(self, x: Tensor) -> Tensor:
         """What has arrived for x; x itself if nothing is under way."""
