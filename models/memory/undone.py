@@ -62,9 +62,11 @@ class Undone(Keeper):
         made = _Undone.apply(call, *(state[name] for name in call.taken), *call.parameters)
         written = dict(zip(call.written, made, strict=False))
         losses = dict(zip(call.losses, made[len(written) :], strict=True))
-        assert call.extras is not None
-        stats = call.extras.stats if call.drift is None else {**call.extras.stats, DRIFT: call.drift}
-        return {**state, **written}, call.extras._replace(losses=losses, stats=stats)
+        # The node keeps the call, which must not keep the losses, which keep their node.
+        extras, call.extras = call.extras, None
+        assert extras is not None
+        stats = extras.stats if call.drift is None else {**extras.stats, DRIFT: call.drift}
+        return {**state, **written}, extras._replace(losses=losses, stats=stats)
 
     def called(self, call: "Call") -> None:
         """In each forward pass."""
