@@ -16,7 +16,7 @@ from parallel.mesh import MeshConfig
 from parallel.testing import Pool
 from tests.trainer import runs
 from trainer import checkpoint
-from trainer.watch import GRACE
+from trainer.watch import BEAT, GRACE
 
 TIMEOUT = 6
 
@@ -69,6 +69,8 @@ def test_a_host_is_lost_and_comes_back(tmp_path: Path, pool: Pool, hosts: Hosts,
     while max(checkpoint.steps(folder), default=0) < 4:
         assert time.monotonic() < deadline and agents[left].poll() is None, said(tmp_path, left)
         time.sleep(0.05)
+    # The steps above may take less than it takes a process to say where it is.
+    time.sleep(2 * BEAT)
     (hosts.kill if loss == "power" else hosts.cut)(lost)
     gone = time.monotonic()
     while not said(tmp_path, left):
