@@ -30,8 +30,8 @@ class Flight:
     def wait(self, carrier: Tensor | None = None) -> Tensor:
         """What has arrived; to be asked for once. carrier: what the flight's has become on its way, in autograd's
         graph."""
-        # Kept, the carrier would keep its node, which keeps this: a cycle through autograd's own memory, where Python
-        # collects none.
+        # Kept, the carrier would keep its node, which keeps this: a cycle through autograd's own memory, which Python
+        # collects late or never.
         own, self.carrier = self.carrier, None
         return Wait.apply(own if carrier is None else carrier, self)
 
