@@ -13,6 +13,7 @@ from models.compare import differences, said
 from models.config import LMConfig
 from models.hf.folder import is_exported
 from models.limits import at_least
+from models.residual.following import Following
 from models.residual.plain import PlainResidual
 from models.slots import ResidualConfig
 from parallel.distillation import refuse_split
@@ -29,7 +30,9 @@ class Request:
     """What is asked for.
 
     source: folder of a run or of a checkpoint. out: the folder to write, new or empty. residual: its kind. steps: of
-    distillation. overrides: of the source's config. limit: sequences to evaluate on (default: all of data.valid).
+    distillation. overrides: of the source's config. limit: sequences to evaluate on (default: all of data.valid). fit:
+    steps of the lesson layer by layer before it (default: a quarter as many, where the residual has it). estimate:
+    iterations of the fixed point in that lesson (default: its limit).
     """
 
     source: Path
@@ -38,28 +41,32 @@ class Request:
     steps: int
     overrides: tuple[str, ...] = ()
     limit: int | None = None
+    fit: int | None = None
+    estimate: int | None = None
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "steps")
-        at_least(self, 1, "limit")
+        at_least(self, 0, "steps", "fit")
+        at_least(self, 1, "limit", "estimate")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """path: the checkpoint. source: its config. target: what the new folder says. work: the target on the mesh that
-    converts. first_sample: where the source's order goes on."""
+    converts. first_sample: where the source's order goes on. fit: steps of the lesson layer by layer."""
 
     path: Path
     source: RunConfig
     target: RunConfig
     work: RunConfig
     first_sample: int
+    fit: int
 
 
 def plan(request: Request, mesh: MeshConfig | None, warn: Callable[[str], None], hashes: bool = True) -> Plan:
     """mesh: of the work (default: the run's). Raises ValueError, one sentence, for what cannot be converted."""
     refuse_taken(request.out, "convert")
     refuse_residual(request.residual)
+    fit = fitting_steps(request)
     if is_exported(request.source):
         raise ValueError(
             f"{request.source} is a Hugging Face folder; take it up with weft import, and convert what that writes"
@@ -83,7 +90,7 @@ def plan(request: Request, mesh: MeshConfig | None, warn: Callable[[str], None],
             "data.valid=PREFIX"
         )
     refuse_data(work)
-    return Plan(path, source, target, work, content.state.samples)
+    return Plan(path, source, target, work, content.state.samples, fit)
 
 
 def refuse_residual(kind: str) -> None:
@@ -93,6 +100,21 @@ def refuse_residual(kind: str) -> None:
         raise ValueError(
             f"residual {kind} cannot be undone, and models are converted to ones that can; give one of those{ways}"
         )
+
+
+def fitting_steps(request: Request) -> int:
+    """Of the lesson layer by layer. Raises ValueError where it is asked for, and the residual does not have it."""
+    if issubclass(ResidualConfig.of_kind(request.residual), Following):
+        return request.steps // 4 if request.fit is None else request.fit
+    asked = {"--fit": request.fit or None, "--estimate": request.estimate}
+    for option, value in asked.items():
+        if value is not None:
+            ways = ResidualConfig.such_as(lambda other: issubclass(other, Following))
+            raise ValueError(
+                f"{option} is {value}, and layers with residual {request.residual} cannot each be fitted to a plain "
+                f"layer's step; leave it out, or take a residual with which they can{ways}"
+            )
+    return 0
 
 
 def target_config(request: Request, source: dict[str, Any]) -> RunConfig:

@@ -13,11 +13,12 @@ from configs.structure import to_plain
 from configs.text import dump_yaml
 from parallel.distillation import Student, Teacher
 from parallel.engine import Engine
+from parallel.following import LayerByLayer
 from parallel.mesh import Mesh
 from trainer import checkpoint
 from trainer.checkpoint import FOLDER, Checkpoint
 from trainer.config import RunConfig
-from trainer.conversion import Plan
+from trainer.conversion import Plan, Request
 from trainer.data.fitting import fitting_stream
 from trainer.data.rows import Rows
 from trainer.data.samples import held_out_rows, samples
@@ -39,30 +40,30 @@ HEAD = """\
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Held-out losses in nats per token: of the source, as converted, and after distillation (None without a step)."""
+    """Held-out losses in nats per token: of the source, as converted, after the fit layer by layer and after
+    distillation (None without a step)."""
 
     source: float
     converted: float
+    fitted: float | None
     distilled: float | None
 
 
 def convert(
     plan: Plan,
     mesh: Mesh,
-    out: Path,
-    steps: int,
-    limit: int | None,
+    request: Request,
     console: Console,
     say: Callable[[str], object],
     warn: Callable[[str], object],
 ) -> Report:
-    """Write the folder `out` (a collective). limit: held-out sequences to evaluate on (default: all). say: is told each
-    loss as it is known. warn: that the distillation did harm, if it did.
+    """Write the request's folder (a collective). say: is told each loss as it is known. warn: that the distillation did
+    harm, if it did.
 
-    Raises FloatingPointError where the distillation breaks down, and OSError where `out` cannot be written; it does not
+    Raises FloatingPointError where learning breaks down, and OSError where the folder cannot be written; it does not
     exist then.
     """
-    config = plan.work
+    config, limit, steps = plan.work, request.limit, request.steps
     data, held_out = samples(config), evaluated_rows(config)
     settings = {"seed": config.run.seed, "dtype": getattr(torch, config.train.dtype)}
     teacher = Teacher(plan.source.model, mesh, **settings)
@@ -75,17 +76,27 @@ def convert(
         mesh,
         teacher=teacher,
         memory=config.memory,
-        compile=config.train.compile and steps > 0,
+        compile=config.train.compile and steps + plan.fit > 0,
         **settings,
     )
     load(plan.path, student)
     converted = loss(student, held_out, config, limit, console)
     say(f"converted to {config.model.residual.kind}: held-out loss {converted:.4f}")
 
-    distilled = None
+    fitted = distilled = None
+    if plan.fit:
+        with student.taking(LayerByLayer(request.estimate)):
+            with counting(console, "fitting steps", plan.fit) as advance:
+                errors = distill(student, config, data, plan.first_sample, plan.fit, advance)
+        fitted = loss(student, held_out, config, limit, console)
+        say(
+            f"after {plan.fit} steps of fitting each layer: held-out loss {fitted:.4f}; a layer's error is "
+            f"{errors[0]:.4f} of its step in the first, {errors[-1]:.4f} in the last"
+        )
     if steps:
+        first = plan.first_sample + plan.fit * config.train.global_batch
         with counting(console, "distilling steps", steps) as advance:
-            divergences = distill(student, config, data, plan.first_sample, steps, advance)
+            divergences = distill(student, config, data, first, steps, advance)
         distilled = loss(student, held_out, config, limit, console)
         say(
             f"after {steps} steps of distillation: held-out loss {distilled:.4f}; divergence from the source "
@@ -96,8 +107,8 @@ def convert(
                 f"the distillation left the model worse ({distilled:.4f}) than as converted ({converted:.4f}): give "
                 f"more --steps than {steps}, or lower optim.lr, which is {config.optim.lr:g}; --steps 0 converts alone"
             )
-    write(student, plan.target, out)
-    return Report(source, converted, distilled)
+    write(student, plan.target, request.out)
+    return Report(source, converted, fitted, distilled)
 
 
 def evaluated_rows(config: RunConfig) -> Rows:

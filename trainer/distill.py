@@ -1,4 +1,4 @@
-"""The training loop of a distillation: a student learns a teacher's predictions on a run's training data."""
+"""The training loop of a distillation: a student learns a lesson of its teacher on a run's training data."""
 
 import math
 from collections.abc import Callable
@@ -22,8 +22,9 @@ def distill(
     steps: int,
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[float]:
-    """Take `steps` steps of the config's optimiser and batch; returns each one's divergence in nats per token (a
-    collective). The learning rate rises to optim.lr and falls along a cosine to a tenth.
+    """Take `steps` steps of the config's optimiser and batch; returns each one's loss, a mean over tokens: the
+    divergence in nats, unless the student takes another lesson (a collective). The learning rate rises to optim.lr and
+    falls along a cosine to a tenth.
 
     first_sample: of the run's order. advance: called after each step. Raises FloatingPointError, on all ranks and
     before the weights are changed, at a loss or gradient that is not finite.
@@ -38,7 +39,7 @@ def distill(
         loss, norm = float(out.loss), float(total := student.grad_norm())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"step {step + 1} of the distillation has loss {loss} and gradient norm {norm}, and nothing was "
+                f"step {step + 1} of {steps} has loss {loss} and gradient norm {norm}, and nothing was "
                 "written; use a smaller optim.lr"
             )
         if config.optim.clip is not None:

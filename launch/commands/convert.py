@@ -22,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=words)
     parser.add_argument("--residual", metavar="KIND", required=True, help="such as midpoint_smoothed or reversible")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of distillation (default: %(default)s)")
+    words = "of fitting each layer by itself before that, with midpoint (default: a quarter as many)"
+    parser.add_argument("--fit", type=int, metavar="N", help=words)
+    words = "iterations of the fixed point that it goes by; 1 is the paper's (default: its limit)"
+    parser.add_argument("--estimate", type=int, metavar="N", help=words)
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate on the first N held-out sequences only")
     parser.add_argument("--mesh", help="such as fsdp=2 (default: one process; under torchrun the run's)")
     parser.add_argument("--json", action="store_true", help="the losses as one line of JSON")
@@ -33,7 +37,14 @@ def run(args: argparse.Namespace) -> int:
     from trainer.conversion import Request, plan
 
     request = Request(
-        run_folder(args.run), Path(args.out), args.residual, args.steps, tuple(args.overrides), args.limit
+        run_folder(args.run),
+        Path(args.out),
+        args.residual,
+        args.steps,
+        tuple(args.overrides),
+        limit=args.limit,
+        fit=args.fit,
+        estimate=args.estimate,
     )
     mesh = None if args.mesh is None and "WORLD_SIZE" in os.environ else MeshConfig.parse(args.mesh or "")
     main = os.environ.get("RANK", "0") == "0"
@@ -62,9 +73,7 @@ def run(args: argparse.Namespace) -> int:
         report = convert(
             planned,
             joint,
-            request.out,
-            request.steps,
-            request.limit,
+            request,
             console,
             lambda text: print(text, flush=True) if main and not args.json else None,
             warn,
@@ -76,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 def options(args: argparse.Namespace) -> list[str]:
     """Those that were given, for the processes of a mesh."""
-    given = {name: getattr(args, name) for name in ("residual", "steps", "limit", "mesh")}
+    given = {name: getattr(args, name) for name in ("residual", "steps", "fit", "estimate", "limit", "mesh")}
     words = [f"--{name}={value}" for name, value in given.items() if value is not None]
     return [*words, *(["--json"] if args.json else [])]
 

@@ -13,22 +13,21 @@ from torch import Tensor, nn
 from models.context import LayerContext
 from models.limits import above_zero
 from models.residual.fixed_point import CopiesOnGrid, GridConfig, on_grid, stream_type
+from models.residual.following import Following
 from models.slots import Closer, Connection, Opener
 from models.state import Entry, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
-class MidpointResidual(GridConfig, kind="midpoint"):
-    """p_{l+1} = p_{l-1} + 2 step f_l(p_l), where f_l is what plain layer l adds: f(p) = m + FFN(p + m), m = Mixer(p)
-    (arXiv 2512.02056). The first step, with nothing before it, is p_1 = p_0 + step f_0(p_0). The final norm reads p_L.
+class TwoStepResidual(GridConfig):
+    """p_{l+1} = p_{l-1} + c_l f_l(p_l), where f_l is what plain layer l adds: f(p) = m + FFN(p + m), m = Mixer(p).
 
-    step: of the recurrence. What goes on the grid are the embedding and what is added.
+    step: c_l is 2 step. What goes on the grid are the embedding and what is added.
     """
 
     step: float = 0.25
 
     steps = (("mixer", "ffn"),)
-    converted = MappingProxyType({"step": 0.5})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,14 +39,31 @@ class MidpointResidual(GridConfig, kind="midpoint"):
         return MidpointEnd(ctx.d_model, self.factor(ctx.index), self.grid_bits)
 
     def factor(self, index: int) -> float:
-        """Of what layer `index` adds."""
-        return self.step if index == 0 else 2 * self.step
+        """c_l of layer `index`."""
+        return 2 * self.step
 
     def open(self, d_model: int) -> Opener:
         return CopiesOnGrid(d_model, self.grid_bits, ("x", "previous"))
 
+
+@dataclasses.dataclass(frozen=True)
+class MidpointResidual(TwoStepResidual, Following, kind="midpoint"):
+    """p_{l+1} = p_{l-1} + 2 step f_l(p_l) (arXiv 2512.02056). The first step, with nothing before it, is
+    p_1 = p_0 + step f_0(p_0). The final norm reads p_L.
+
+    step, grid_bits: as of `TwoStepResidual`.
+    """
+
+    converted = MappingProxyType({"step": 1.0})
+
+    def factor(self, index: int) -> float:
+        return self.step if index == 0 else super().factor(index)
+
     def close(self, d_model: int, num_layers: int) -> Closer:
         return MidpointCloser()
+
+    def standing(self, x_BTD: Tensor, previous_BTD: Tensor) -> State:
+        return {"x": on_grid(x_BTD, self.grid_bits), "previous": on_grid(previous_BTD, self.grid_bits)}
 
 
 class MidpointStart(Connection):

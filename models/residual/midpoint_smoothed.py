@@ -8,13 +8,13 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from models.residual.midpoint import MidpointCloser, MidpointResidual
+from models.residual.midpoint import MidpointCloser, TwoStepResidual
 from models.slots import Closer
 from models.state import State
 
 
 @dataclasses.dataclass(frozen=True)
-class SmoothedMidpointResidual(MidpointResidual, kind="midpoint_smoothed"):
+class SmoothedMidpointResidual(TwoStepResidual, kind="midpoint_smoothed"):
     """`midpoint` whose final norm reads (p_L + p_{L-1}) / 2, as Gragg smooths the rule (Hairer, Norsett and Wanner,
     Solving Ordinary Differential Equations I, II.9). The first step too is of twice `step`, from p_{-1} = p_0: the
     pair's mean then goes m_{l+1} = m_l + step f_l(p_l), which at step 1 is the plain residual to first order in f.
@@ -23,9 +23,6 @@ class SmoothedMidpointResidual(MidpointResidual, kind="midpoint_smoothed"):
     """
 
     converted = MappingProxyType({"step": 0.5})
-
-    def factor(self, index: int) -> float:
-        return 2 * self.step
 
     def close(self, d_model: int, num_layers: int) -> Closer:
         return PairCloser()

@@ -58,6 +58,7 @@ def test_distillation_brings_the_loss_back(
     words = ["--residual", kind, "--steps", 25, "model.residual.grid_bits=14", "memory.kind=reversible", "--json"]
     report = json.loads(said(capsys, "convert", source, out, *words))
     assert report["source"] < report["distilled"] < report["converted"]
+    assert report["distilled"] < report["fitted"] < report["converted"] if kind == "midpoint" else not report["fitted"]
     # Most of what was lost comes back.
     assert report["distilled"] - report["source"] < 0.5 * (report["converted"] - report["source"])
     assert files(source) == before
@@ -97,20 +98,23 @@ def test_a_distillation_that_did_harm_is_told_of(
     ) in err
 
 
-def converted(source: Path, out: Path, mesh: MeshConfig) -> convert.Report:
+def converted(source: Path, out: Path, mesh: MeshConfig, kind: str) -> convert.Report:
     """As a rank of a mesh does."""
-    overrides = ("train.micro_batch=4", "train.dtype=float64")
-    planned = plan(Request(source, out, "reversible", 3, overrides), mesh, lambda _: None)
-    return convert.convert(planned, Mesh(mesh), out, 3, 5, Console(quiet=True), print, print)
+    overrides = ("train.micro_batch=4", "train.dtype=float64", "memory.kind=reversible")
+    request = Request(source, out, kind, 3, overrides, limit=5, fit=None if kind == "reversible" else 2)
+    planned = plan(request, mesh, lambda _: None)
+    return convert.convert(planned, Mesh(mesh), request, Console(quiet=True), print, print)
 
 
+@pytest.mark.parametrize("kind", ["midpoint", "reversible"])
 @pytest.mark.parametrize("mesh", [MeshConfig(dp=2), MeshConfig(fsdp=2)], ids=str)
-def test_ranks_equal_one_process(pool: Pool, tmp_path: Path, source: Path, mesh: MeshConfig) -> None:
+def test_ranks_equal_one_process(pool: Pool, tmp_path: Path, source: Path, mesh: MeshConfig, kind: str) -> None:
     """In float64, up to the order of sums."""
-    alone = converted(source, tmp_path / "alone", MeshConfig())
-    together = pool.run(converted, 2, source, tmp_path / "out", mesh)
+    alone = converted(source, tmp_path / "alone", MeshConfig(), kind)
+    together = pool.run(converted, 2, source, tmp_path / "out", mesh, kind)
     assert together[0] == together[1]
-    assert dataclasses.astuple(together[0]) == pytest.approx(dataclasses.astuple(alone), rel=1e-10)
+    one, two = (dataclasses.asdict(report) for report in (alone, together[0]))
+    assert two == {name: value and pytest.approx(value, rel=1e-10) for name, value in one.items()}
     one, two = (load_whole(tmp_path / name)[1].state_dict() for name in ("alone", "out"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-7, atol=1e-9)
@@ -164,6 +168,11 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path, source: Pa
     assert said_of("midpoint", f"data.train={tmp_path}/x").startswith(f"data.train: {tmp_path}/x.bin does not exist")
     assert said_of("midpoint", "--steps", "-1") == "steps is -1; it must be at least 0"
     assert said_of("midpoint", "--limit", "0") == "limit is 0; it must be at least 1"
+    assert said_of("midpoint", "--estimate", "0") == "estimate is 0; it must be at least 1"
+    assert said_of("reversible", "--fit", "5") == (
+        "--fit is 5, and layers with residual reversible cannot each be fitted to a plain layer's step; leave it out, "
+        "or take a residual with which they can, such as midpoint"
+    )
     assert not out.exists()
 
     assert refused(capsys, tmp_path, out, "--residual", "midpoint") == (

@@ -1,0 +1,141 @@
+"""The lesson layer by layer: what a plain teacher's walk says, and what each layer of a student learns from it."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.config import LayerConfig, LMConfig
+from models.depth.universal import UniversalDepth
+from models.ffn.moe import MoEConfig
+from models.ffn.swiglu import SwiGLUConfig
+from models.lm import LM
+from models.memory.full import FullConfig
+from models.memory.reversible import ReversibleConfig
+from models.mixers.attention import AttentionConfig
+from models.residual.midpoint import MidpointResidual
+from models.slots import ResidualConfig
+from models.state import Side
+from models.values.resformer import ResFormerValues
+from parallel.distillation import Student, Teacher
+from parallel.engine import Batch
+from parallel.following import LayerByLayer
+from parallel.mesh import Mesh, MeshConfig
+
+TOKENS = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def config(residual: ResidualConfig | None = None, layers: int = 3, **settings: Any) -> LMConfig:
+    ffn = settings.pop("ffn", SwiGLUConfig(hidden=24))
+    layer = LayerConfig(AttentionConfig(num_heads=2), ffn)
+    given = {} if residual is None else {"residual": residual}
+    return LMConfig(50, 16, {"A": layer}, "A", layers, **given, **settings)
+
+
+def pair(student: ResidualConfig, memory: Any = None, **settings: Any) -> tuple[Teacher, Student]:
+    """In float64, from the same weights."""
+    mesh, common = Mesh(MeshConfig()), {"seed": 3, "dtype": torch.float64}
+    teacher = Teacher(config(**settings), mesh, **common)
+    return teacher, Student(config(student, **settings), mesh, teacher=teacher, memory=memory, **common)
+
+
+@torch.no_grad()
+def plain_inputs(model: LM) -> list[Tensor]:
+    """p_0, ..., p_L."""
+    assert model.embed is not None and model.closer is not None
+    side = Side(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS))
+    state, found = {"x": model.embed(TOKENS)}, []
+    for layer in model.blocks:
+        found.append(state["x"])
+        state = layer(state, side, side)[0]
+    return [*found, state["x"]]
+
+
+def test_a_walk_is_the_plain_models_stream() -> None:
+    teacher, _ = pair(MidpointResidual())
+    inputs = plain_inputs(teacher.models[0])
+    steps = LayerByLayer().walk(teacher, {"tokens": TOKENS})
+    for index, step in enumerate(steps):
+        assert torch.equal(step.x_BTD, inputs[index]) and torch.equal(step.target_BTD, inputs[index + 1])
+        assert torch.equal(step.previous_BTD, inputs[max(index - 1, 0)])
+
+
+def test_the_estimate_is_one_iteration_and_goes_to_the_fixed_point() -> None:
+    teacher, _ = pair(MidpointResidual())
+    with torch.no_grad():
+        for name, parameter in teacher.models[0].named_parameters():
+            if name.endswith((".o.weight", ".down.weight")):
+                parameter *= 0.3
+    model, inputs = teacher.models[0], plain_inputs(teacher.models[0])
+    side = Side(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS))
+    errors = []
+    for iterations in (1, 2, 4, 40):
+        steps = LayerByLayer(iterations).walk(teacher, {"tokens": TOKENS})
+        errors.append(max((step.previous_BTD - inputs[index]).abs().max() for index, step in enumerate(steps[1:])))
+        if iterations == 1:
+            for layer, step in zip(model.blocks, steps[1:], strict=False):
+                added = layer({"x": step.x_BTD}, side, side)[0]["x"] - step.x_BTD
+                torch.testing.assert_close(step.previous_BTD, step.x_BTD - added, rtol=1e-13, atol=1e-13)
+    assert all(after < 0.9 * before for before, after in itertools.pairwise(errors)) and errors[-1] < 1e-9
+
+
+def losses_and_gradients(student: Student) -> tuple[float, dict[str, Tensor]]:
+    batch = Batch(TOKENS, TOKENS.roll(-1, 1).index_fill(1, torch.tensor([11]), -100))
+    loss = float(student.step_gradients(batch, 1).loss)
+    return loss, {held.shard.name: held.gradient.clone() for held in student.held()}
+
+
+def test_the_loss_is_each_layers_share_of_its_step() -> None:
+    """Written out; a layer whose step is the plain one's has none, which is the first at step 1."""
+    teacher, student = pair(MidpointResidual(step=1.0))
+    inputs, side = plain_inputs(teacher.models[0]), Side(TOKENS, torch.arange(12).expand_as(TOKENS))
+    expected = []
+    for index, layer in enumerate(student.models[0].blocks):
+        state = {"x": inputs[index], "previous": inputs[max(index - 1, 0)]}
+        with torch.no_grad():
+            out = layer(state, side, side)[0]["x"]
+        error, step = out - inputs[index + 1], inputs[index + 1] - state["previous"]
+        expected.append((error.square().sum(-1) / step.square().sum(-1))[:, :-1].mean())
+    with student.taking(LayerByLayer()):
+        loss, gradients = losses_and_gradients(student)
+    assert loss == pytest.approx(float(sum(expected)) / len(expected), rel=1e-12)
+    assert expected[0] < 1e-20 < 0.1 < min(expected[1:])
+    assert gradients["embed.weight"].abs().max() == 0 < gradients["layers.2.ffn.branch.ffn.down.weight"].abs().max()
+    # And afterwards the loss is the divergence again, of which the embedding has a part.
+    assert losses_and_gradients(student)[1]["embed.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("memory", [ReversibleConfig(), FullConfig()], ids=lambda memory: memory.kind)
+def test_other_memories_change_nothing(memory: Any) -> None:
+    found = []
+    for kept in (None, memory):
+        _, student = pair(MidpointResidual(step=1.0), kept)
+        keepers = [layer.keeper for layer in student.models[0].blocks]
+        with student.taking(LayerByLayer()):
+            found.append(losses_and_gradients(student))
+        assert [layer.keeper for layer in student.models[0].blocks] == keepers
+    assert found[0][0] == found[1][0]
+    for name, gradient in found[0][1].items():
+        assert torch.equal(gradient, found[1][1][name]), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ffn": MoEConfig(hidden=8, num_experts=4)},
+        {"values": ResFormerValues()},
+        {"depth": UniversalDepth(), "layers": 4},
+    ],
+    ids=["moe", "resformer", "universal"],
+)
+@pytest.mark.parametrize("iterations", [None, 2])
+def test_layers_learn_it_whatever_they_are_made_of(settings: dict[str, Any], iterations: int | None) -> None:
+    _, student = pair(MidpointResidual(step=1.0), **settings)
+    optimizer, losses = torch.optim.Adam(student.models[0].parameters(), lr=3e-3), []
+    with student.taking(LayerByLayer(iterations)):
+        for _ in range(40):
+            losses.append(losses_and_gradients(student)[0])
+            optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
