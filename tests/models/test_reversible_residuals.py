@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.lm import LM
 from models.params import initialize
 from models.residual.fixed_point import check_bits, on_grid
-from models.residual.midpoint import MidpointResidual
+from models.residual.midpoint import MidpointResidual, TwoStepResidual
 from models.residual.midpoint_smoothed import SmoothedMidpointResidual
 from models.residual.multi_split import MultiSplitResidual
 from models.residual.reversible import ReversibleResidual
@@ -78,7 +78,7 @@ def midpoint_layers(depth: int, width: int, dtype: torch.dtype) -> list[tuple[An
     ]
 
 
-def midpoint_steps(kind: MidpointResidual, layers: list[tuple[Any, Any]], state: State) -> State:
+def midpoint_steps(kind: TwoStepResidual, layers: list[tuple[Any, Any]], state: State) -> State:
     width = state["x"].shape[-1]
     for index, (mixer, ffn) in enumerate(layers):
         place = context(width, index, len(layers))
