@@ -7,6 +7,9 @@ FROM ${BASE}
 ENV PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1
 
+# Extras of pyproject.toml to install too: --build-arg EXTRAS=engines
+ARG EXTRAS=
+
 WORKDIR /opt/weft
 COPY . .
 
@@ -16,7 +19,7 @@ COPY . .
 RUN python3 -m venv --without-pip --system-site-packages /opt/venv \
     && /opt/venv/bin/python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > /tmp/pins \
     && grep -v '^torch==' constraints.txt >> /tmp/pins \
-    && /opt/venv/bin/python -m pip install --editable . --constraint /tmp/pins \
+    && /opt/venv/bin/python -m pip install --editable ".${EXTRAS:+[$EXTRAS]}" --constraint /tmp/pins \
     && rm /tmp/pins
 
 # The base's torchrun would start the base's Python, which does not see the environment.
