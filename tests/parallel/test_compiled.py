@@ -81,6 +81,7 @@ def test_a_block_that_repeats(depth: str, residual: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(960)
 @needs_compiler
 @pytest.mark.parametrize(
     "mesh", ("fsdp=2", "tp=2", "cp=2", "ep=2", "pp=2", "fsdp=2,tp=2", "fsdp=2,pp=2,schedule=interleaved")
