@@ -97,7 +97,7 @@ class LayerByLayer(Lesson):
             for layer in layers:
                 sides = of_layer(side, layer.index), of_layer(local, layer.index)
                 x_BTD, others = entries["x"], {name: entry for name, entry in entries.items() if name != "x"}
-                entries, extras = layer({**others, "x": x_BTD}, *sides)
+                entries, extras = layer(entries, *sides)
                 steps.append(Step(x_BTD, previous_BTD, entries["x"], others))
                 previous_BTD = x_BTD
                 if self.iterations is not None:
