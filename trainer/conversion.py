@@ -31,8 +31,8 @@ class Request:
 
     source: folder of a run or of a checkpoint. out: the folder to write, new or empty. residual: its kind. steps: of
     distillation. overrides: of the source's config. limit: sequences to evaluate on (default: all of data.valid). fit:
-    steps of the lesson layer by layer before it (default: a quarter as many, where the residual has it). estimate:
-    iterations of the fixed point in that lesson (default: its limit).
+    steps of the lesson layer by layer before it (default: a quarter as many where the residual has it and it pays, or
+    an estimate is given). estimate: iterations of the fixed point in that lesson (default: its limit).
     """
 
     source: Path
@@ -103,9 +103,17 @@ def refuse_residual(kind: str) -> None:
 
 
 def fitting_steps(request: Request) -> int:
-    """Of the lesson layer by layer. Raises ValueError where it is asked for, and the residual does not have it."""
-    if issubclass(ResidualConfig.of_kind(request.residual), Following):
-        return request.steps // 4 if request.fit is None else request.fit
+    """Of the lesson layer by layer. Raises ValueError where it is asked for and cannot be given."""
+    residual = ResidualConfig.of_kind(request.residual)
+    if issubclass(residual, Following):
+        usual = request.steps // 4 if residual.pays or request.estimate is not None else 0
+        fit = usual if request.fit is None else request.fit
+        if request.estimate is not None and fit == 0:
+            raise ValueError(
+                f"--estimate is {request.estimate}, and with --fit {fit} no layer is fitted to it; leave it out, or "
+                "give a --fit of at least 1"
+            )
+        return fit
     asked = {"--fit": request.fit or None, "--estimate": request.estimate}
     for option, value in asked.items():
         if value is not None:

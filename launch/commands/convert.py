@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=words)
     parser.add_argument("--residual", metavar="KIND", required=True, help="such as midpoint_smoothed or reversible")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of distillation (default: %(default)s)")
-    words = "of fitting each layer by itself before that, where the residual can (default: a quarter as many)"
+    words = "of fitting each layer by itself before that, if the residual can (default: a quarter as many if it pays)"
     parser.add_argument("--fit", type=int, metavar="N", help=words)
     words = "iterations of the fixed point that it goes by; 1 is the paper's (default: its limit)"
     parser.add_argument("--estimate", type=int, metavar="N", help=words)

@@ -65,6 +65,9 @@ class MidpointResidual(TwoStepResidual, Following, kind="midpoint"):
     def standing(self, x_BTD: Tensor, previous_BTD: Tensor) -> State:
         return {"x": on_grid(x_BTD, self.grid_bits), "previous": on_grid(previous_BTD, self.grid_bits)}
 
+    def reached(self, after: State) -> tuple[Tensor, ...]:
+        return (after["x"],)
+
 
 class MidpointStart(Connection):
     """A mixer's connection: its output waits as `delta`."""

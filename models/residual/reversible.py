@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.residual.fixed_point import CopiesOnGrid, GridConfig, on_grid, stream_type
+from models.residual.following import Following
 from models.slots import Closer, Connection, Opener
 from models.state import Entry, State, Views
 
@@ -19,7 +20,7 @@ STREAMS = ("x1", "x2")
 
 
 @dataclasses.dataclass(frozen=True)
-class ReversibleResidual(GridConfig, kind="reversible"):
+class ReversibleResidual(GridConfig, Following, kind="reversible"):
     """x1 <- x1 + Mixer(x2), x2 <- x2 + FFN(x1) (RevNet, arXiv 1707.04585; over full-width copies of the embedding as in
     RevViT, arXiv 2302.04869). The final norm reads (x1 + x2) / 2.
 
@@ -27,6 +28,8 @@ class ReversibleResidual(GridConfig, kind="reversible"):
     """
 
     steps = (("mixer",), ("ffn",))
+    # Distillation alone comes nearer (docs/convert.md).
+    pays = False
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         return Coupling(ctx.d_model, STREAMS, STREAMS[branch == "ffn"], self.grid_bits)
@@ -36,6 +39,16 @@ class ReversibleResidual(GridConfig, kind="reversible"):
 
     def close(self, d_model: int, num_layers: int) -> Closer:
         return MeanCloser(STREAMS)
+
+    def standing(self, x_BTD: Tensor, previous_BTD: Tensor) -> State:
+        return {"x1": on_grid(previous_BTD, self.grid_bits), "x2": on_grid(x_BTD, self.grid_bits)}
+
+    def reached(self, after: State) -> tuple[Tensor, ...]:
+        return after["x1"], after["x2"]
+
+    def aims(self, targets: tuple[Tensor, ...], last: bool) -> tuple[Tensor, ...]:
+        middle_BTD, end_BTD = targets
+        return middle_BTD, 2 * end_BTD - middle_BTD if last else end_BTD
 
 
 class Coupling(Connection):

@@ -16,6 +16,7 @@ from models.memory.full import FullConfig
 from models.memory.reversible import ReversibleConfig
 from models.mixers.attention import AttentionConfig
 from models.residual.midpoint import MidpointResidual
+from models.residual.reversible import ReversibleResidual
 from models.slots import ResidualConfig
 from models.state import Side
 from models.values.resformer import ResFormerValues
@@ -25,6 +26,7 @@ from parallel.following import LayerByLayer
 from parallel.mesh import Mesh, MeshConfig
 
 TOKENS = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
+FOLLOWING = [MidpointResidual(step=1.0), ReversibleResidual()]
 
 
 def config(residual: ResidualConfig | None = None, layers: int = 3, **settings: Any) -> LMConfig:
@@ -41,43 +43,56 @@ def pair(student: ResidualConfig, memory: Any = None, **settings: Any) -> tuple[
     return teacher, Student(config(student, **settings), mesh, teacher=teacher, memory=memory, **common)
 
 
+def side() -> Side:
+    return Side(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS))
+
+
 @torch.no_grad()
-def plain_inputs(model: LM) -> list[Tensor]:
-    """p_0, ..., p_L."""
-    assert model.embed is not None and model.closer is not None
-    side = Side(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS))
+def plain_inputs(model: LM, halves: bool) -> list[Tensor]:
+    """Of all steps, which are layers or halves of them, in order; and what the last one makes."""
+    assert model.embed is not None
     state, found = {"x": model.embed(TOKENS)}, []
     for layer in model.blocks:
         found.append(state["x"])
-        state = layer(state, side, side)[0]
+        state, gates = layer.gated(state, side())
+        state, _ = layer.run_branch("mixer", state, side(), side(), gates)
+        found += [state["x"]] if halves else []
+        state, _ = layer.run_branch("ffn", state, side(), side(), gates)
     return [*found, state["x"]]
 
 
-def test_a_walk_is_the_plain_models_stream() -> None:
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_walk_is_the_plain_models_stream(halves: bool) -> None:
     teacher, _ = pair(MidpointResidual())
-    inputs = plain_inputs(teacher.models[0])
-    steps = LayerByLayer().walk(teacher, {"tokens": TOKENS})
-    for index, step in enumerate(steps):
-        assert torch.equal(step.x_BTD, inputs[index]) and torch.equal(step.target_BTD, inputs[index + 1])
-        assert torch.equal(step.previous_BTD, inputs[max(index - 1, 0)])
+    inputs = plain_inputs(teacher.models[0], halves)
+    for index, taught in enumerate(LayerByLayer().walk(teacher, {"tokens": TOKENS}, halves)):
+        first = 2 * index if halves else index
+        expected = inputs[max(first - 1, 0)], *inputs[first : first + (3 if halves else 2)]
+        for one, two in zip((taught.previous_BTD, taught.x_BTD, *taught.targets), expected, strict=True):
+            assert torch.equal(one, two)
 
 
-def test_the_estimate_is_one_iteration_and_goes_to_the_fixed_point() -> None:
+@pytest.mark.parametrize("halves", [False, True])
+def test_the_estimate_is_one_iteration_and_goes_to_the_fixed_point(halves: bool) -> None:
     teacher, _ = pair(MidpointResidual())
     with torch.no_grad():
         for name, parameter in teacher.models[0].named_parameters():
             if name.endswith((".o.weight", ".down.weight")):
                 parameter *= 0.3
-    model, inputs = teacher.models[0], plain_inputs(teacher.models[0])
-    side = Side(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS))
+    model, inputs = teacher.models[0], plain_inputs(teacher.models[0], halves)
     errors = []
     for iterations in (1, 2, 4, 40):
-        steps = LayerByLayer(iterations).walk(teacher, {"tokens": TOKENS})
-        errors.append(max((step.previous_BTD - inputs[index]).abs().max() for index, step in enumerate(steps[1:])))
+        lessons = LayerByLayer(iterations).walk(teacher, {"tokens": TOKENS}, halves)[1:]
+        before = inputs[1:-2:2] if halves else inputs[:-2]
+        errors.append(
+            max((taught.previous_BTD - true).abs().max() for taught, true in zip(lessons, before, strict=True))
+        )
         if iterations == 1:
-            for layer, step in zip(model.blocks, steps[1:], strict=False):
-                added = layer({"x": step.x_BTD}, side, side)[0]["x"] - step.x_BTD
-                torch.testing.assert_close(step.previous_BTD, step.x_BTD - added, rtol=1e-13, atol=1e-13)
+            for layer, taught in zip(model.blocks, lessons, strict=False):
+                state = {"x": taught.x_BTD}
+                made = layer.ffn(state, side(), side(), None, None, None) if halves else layer(state, side(), side())
+                added = made[0]["x"] - taught.x_BTD
+                torch.testing.assert_close(taught.previous_BTD, taught.x_BTD - added, rtol=1e-13, atol=1e-13)
     assert all(after < 0.9 * before for before, after in itertools.pairwise(errors)) and errors[-1] < 1e-9
 
 
@@ -90,12 +105,12 @@ def losses_and_gradients(student: Student) -> tuple[float, dict[str, Tensor]]:
 def test_the_loss_is_each_layers_share_of_its_step() -> None:
     """Written out; a layer whose step is the plain one's has none, which is the first at step 1."""
     teacher, student = pair(MidpointResidual(step=1.0))
-    inputs, side = plain_inputs(teacher.models[0]), Side(TOKENS, torch.arange(12).expand_as(TOKENS))
+    inputs = plain_inputs(teacher.models[0], halves=False)
     expected = []
     for index, layer in enumerate(student.models[0].blocks):
         state = {"x": inputs[index], "previous": inputs[max(index - 1, 0)]}
         with torch.no_grad():
-            out = layer(state, side, side)[0]["x"]
+            out = layer(state, side(), side())[0]["x"]
         error, step = out - inputs[index + 1], inputs[index + 1] - state["previous"]
         expected.append((error.square().sum(-1) / step.square().sum(-1))[:, :-1].mean())
     with student.taking(LayerByLayer()):
@@ -107,11 +122,30 @@ def test_the_loss_is_each_layers_share_of_its_step() -> None:
     assert losses_and_gradients(student)[1]["embed.weight"].abs().max() > 0
 
 
+def test_the_loss_where_a_layer_is_two_steps() -> None:
+    """Written out; the mean of the streams, which the final norm reads, is where the plain model ends."""
+    teacher, student = pair(ReversibleResidual())
+    h, shares = plain_inputs(teacher.models[0], halves=True), []
+    for index, layer in enumerate(student.models[0].blocks):
+        earlier, x, middle, end = h[max(2 * index - 1, 0)], *h[2 * index : 2 * index + 3]
+        with torch.no_grad():
+            out = layer({"x1": earlier, "x2": x}, side(), side())[0]
+        if index == 2:
+            end = 2 * end - middle
+        for made, aim, left in ((out["x1"], middle, earlier), (out["x2"], end, x)):
+            shares.append(((made - aim).square().sum(-1) / (aim - left).square().sum(-1))[:, :-1].mean())
+    with student.taking(LayerByLayer()):
+        loss, _ = losses_and_gradients(student)
+    assert loss == pytest.approx(float(sum(shares)) / 6, rel=1e-12)
+    assert shares[0] < 1e-20 < 5e-3 < min(shares[1:])
+
+
+@pytest.mark.parametrize("residual", FOLLOWING, ids=lambda residual: residual.kind)
 @pytest.mark.parametrize("memory", [ReversibleConfig(), FullConfig()], ids=lambda memory: memory.kind)
-def test_other_memories_change_nothing(memory: Any) -> None:
+def test_other_memories_change_nothing(memory: Any, residual: ResidualConfig) -> None:
     found = []
     for kept in (None, memory):
-        _, student = pair(MidpointResidual(step=1.0), kept)
+        _, student = pair(residual, kept)
         keepers = [layer.keeper for layer in student.models[0].blocks]
         with student.taking(LayerByLayer()):
             found.append(losses_and_gradients(student))
@@ -131,8 +165,11 @@ def test_other_memories_change_nothing(memory: Any) -> None:
     ids=["moe", "resformer", "universal"],
 )
 @pytest.mark.parametrize("iterations", [None, 2])
-def test_layers_learn_it_whatever_they_are_made_of(settings: dict[str, Any], iterations: int | None) -> None:
-    _, student = pair(MidpointResidual(step=1.0), **settings)
+@pytest.mark.parametrize("residual", FOLLOWING, ids=lambda residual: residual.kind)
+def test_layers_learn_it_whatever_they_are_made_of(
+    settings: dict[str, Any], iterations: int | None, residual: ResidualConfig
+) -> None:
+    _, student = pair(residual, **settings)
     optimizer, losses = torch.optim.Adam(student.models[0].parameters(), lr=3e-3), []
     with student.taking(LayerByLayer(iterations)):
         for _ in range(40):

@@ -98,20 +98,22 @@ def test_a_distillation_that_did_harm_is_told_of(
     ) in err
 
 
-def converted(source: Path, out: Path, mesh: MeshConfig, kind: str) -> convert.Report:
+def converted(source: Path, out: Path, mesh: MeshConfig, kind: str, estimate: int | None) -> convert.Report:
     """As a rank of a mesh does."""
     overrides = ("train.micro_batch=4", "train.dtype=float64", "memory.kind=reversible")
-    request = Request(source, out, kind, 3, overrides, limit=5, fit=None if kind == "reversible" else 2)
+    request = Request(source, out, kind, 3, overrides, limit=5, fit=2, estimate=estimate)
     planned = plan(request, mesh, lambda _: None)
     return convert.convert(planned, Mesh(mesh), request, Console(quiet=True), print, print)
 
 
-@pytest.mark.parametrize("kind", ["midpoint", "reversible"])
+@pytest.mark.parametrize(("kind", "estimate"), [("midpoint", None), ("midpoint", 1), ("reversible", 2)])
 @pytest.mark.parametrize("mesh", [MeshConfig(dp=2), MeshConfig(fsdp=2)], ids=str)
-def test_ranks_equal_one_process(pool: Pool, tmp_path: Path, source: Path, mesh: MeshConfig, kind: str) -> None:
+def test_ranks_equal_one_process(
+    pool: Pool, tmp_path: Path, source: Path, mesh: MeshConfig, kind: str, estimate: int | None
+) -> None:
     """In float64, up to the order of sums."""
-    alone = converted(source, tmp_path / "alone", MeshConfig(), kind)
-    together = pool.run(converted, 2, source, tmp_path / "out", mesh, kind)
+    alone = converted(source, tmp_path / "alone", MeshConfig(), kind, estimate)
+    together = pool.run(converted, 2, source, tmp_path / "out", mesh, kind, estimate)
     assert together[0] == together[1]
     one, two = (dataclasses.asdict(report) for report in (alone, together[0]))
     assert two == {name: value and pytest.approx(value, rel=1e-10) for name, value in one.items()}
@@ -169,9 +171,12 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path, source: Pa
     assert said_of("midpoint", "--steps", "-1") == "steps is -1; it must be at least 0"
     assert said_of("midpoint", "--limit", "0") == "limit is 0; it must be at least 1"
     assert said_of("midpoint", "--estimate", "0") == "estimate is 0; it must be at least 1"
-    assert said_of("reversible", "--fit", "5") == (
-        "--fit is 5, and layers with residual reversible cannot each be fitted to a plain layer's step; leave it out, "
-        "or take a residual with which they can, such as midpoint"
+    assert said_of("midpoint_smoothed", "--fit", "5") == (
+        "--fit is 5, and layers with residual midpoint_smoothed cannot each be fitted to a plain layer's step; leave "
+        "it out, or take a residual with which they can, such as midpoint or reversible"
+    )
+    assert said_of("reversible", "--fit", "0", "--estimate", "1") == (
+        "--estimate is 1, and with --fit 0 no layer is fitted to it; leave it out, or give a --fit of at least 1"
     )
     assert not out.exists()
 
