@@ -113,10 +113,17 @@ def norm(parameters: Iterable[Held], mesh: Mesh) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for held in parameters:
         if not held.shard.copy:
-            total += torch.linalg.vector_norm(held.gradient, dtype=torch.float64).square() / held.holder(mesh)[1]
+            total += square(held.gradient) / held.holder(mesh)[1]
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.sqrt()
+
+
+def square(gradient: Tensor) -> Tensor:
+    """The squared L2 norm (float64, shape []). Rows first, in their own type: the copy in float64 that a norm of all
+    elements makes takes CPUs fifteen times as long."""
+    norms = torch.linalg.vector_norm(gradient, dim=-1)
+    return torch.linalg.vector_norm(norms, dtype=torch.float64).square()
 
 
 def clip_factor(max_norm: float, global_norm: Tensor) -> float:

@@ -167,7 +167,7 @@ class DeepSpeedEngine(Engine):
     def grad_norm(self) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for part in self.parts.gradients():
-            total += torch.linalg.vector_norm(part, dtype=torch.float64).square().to(total.device)
+            total += gradients.square(part).to(total.device)
         dist.all_reduce(total)
         return total.sqrt()
 

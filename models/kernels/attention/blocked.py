@@ -20,17 +20,19 @@ KEPT_BYTES = 256 * 2**20
 
 
 class Block(NamedTuple):
-    """Queries start..stop-1 see keys first..stop-1, but for those of keys masked..stop-1 that are `hidden` [1 or B, Q,
-    stop - masked]."""
+    """Queries start..stop-1 see keys first..stop-1, but for those of keys masked..stop-1 whose `bias` [1 or B, Q,
+    stop - masked] is -inf, and not 0. Adding it takes CPUs a third of the time of filling by a mask."""
 
     start: int
     stop: int
     first: int
     masked: int
-    hidden: Tensor
+    bias: Tensor
 
 
-def blocks(length: int, documents_BT: Tensor | None, positions_BT: Tensor, window: int | None) -> Iterator[Block]:
+def blocks(
+    length: int, documents_BT: Tensor | None, positions_BT: Tensor, window: int | None, dtype: torch.dtype
+) -> Iterator[Block]:
     index_T = torch.arange(length, device=positions_BT.device)
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
@@ -42,7 +44,8 @@ def blocks(length: int, documents_BT: Tensor | None, positions_BT: Tensor, windo
             hidden = hidden | (documents_BT[:, queries, None] != documents_BT[:, None, keys])
         if window is not None:
             hidden = hidden | (positions_BT[:, queries, None] - positions_BT[:, None, keys] >= window)
-        yield Block(start, stop, first, masked, hidden)
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        yield Block(start, stop, first, masked, bias)
 
 
 def attend_blocked(
@@ -75,7 +78,7 @@ def probabilities(q_NGTK: Tensor, k_NTK: Tensor, block: Block, batch: int) -> Te
     groups = q_NGTK.shape[1]
     score = torch.bmm(q_NGTK[:, :, block.start : block.stop].flatten(1, 2), k_NTK[:, block.first : block.stop].mT)
     shaped = score.view(batch, -1, groups, block.stop - block.start, block.stop - block.first)
-    shaped[..., block.masked - block.first :].masked_fill_(block.hidden[:, None, None], -torch.inf)
+    shaped[..., block.masked - block.first :] += block.bias[:, None, None]
     return score.softmax(-1)
 
 
@@ -99,7 +102,7 @@ def _forward(
     out_NGTV = q_NGTK.new_empty(*q_NGTK.shape[:3], v_NTV.shape[-1])
     keep = batch * heads * length * length // 2 * q_NGTK.element_size() <= KEPT_BYTES
     kept = []
-    for block in blocks(length, documents_BT, positions_BT, window):
+    for block in blocks(length, documents_BT, positions_BT, window, q_BTHK.dtype):
         p_NQS = probabilities(q_NGTK, k_NTK, block, batch)
         out_NQV = torch.bmm(p_NQS, v_NTV[:, block.first : block.stop])
         out_NGTV[:, :, block.start : block.stop] = out_NQV.unflatten(1, (q_NGTK.shape[1], -1))
@@ -118,7 +121,7 @@ def _backward(
     wide = torch.promote_types(q_NGTK.dtype, torch.float32)
     dq_NGTK = torch.empty_like(q_NGTK)
     dk_NTK, dv_NTV = torch.zeros_like(k_NTK, dtype=wide), torch.zeros_like(v_NTV, dtype=wide)
-    for index, block in enumerate(blocks(q_NGTK.shape[2], documents_BT, positions_BT, window)):
+    for index, block in enumerate(blocks(q_NGTK.shape[2], documents_BT, positions_BT, window, q_NGTK.dtype)):
         queries, keys = slice(block.start, block.stop), slice(block.first, block.stop)
         p_NQS = kept[index] if kept else probabilities(q_NGTK, k_NTK, block, batch)
         grad_NQV = grad_NGTV[:, :, queries].flatten(1, 2)

@@ -30,10 +30,10 @@ class ByBlocks:
     ) -> Tensor:
         q_BJGTK, k_BJTK, v_BJTV = by_head(q_BTHK, k_BTJK.shape[2]), k_BTJK.transpose(1, 2), v_BTJV.transpose(1, 2)
         outs = []
-        for block in blocks(q_BTHK.shape[1], documents_BT, positions_BT, window):
+        for block in blocks(q_BTHK.shape[1], documents_BT, positions_BT, window, q_BTHK.dtype):
             queries, keys = slice(block.start, block.stop), slice(block.first, block.stop)
             score = scores(q_BJGTK[..., queries, :], k_BJTK[..., keys, :])
-            score[..., block.masked - block.first :].masked_fill_(block.hidden[:, None, None], -torch.inf)
+            score[..., block.masked - block.first :] += block.bias[:, None, None]
             outs.append(self.read(score, v_BJTV[..., keys, :], queries))
         return by_token(torch.cat(outs, dim=-2))
 
