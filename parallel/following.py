@@ -151,6 +151,7 @@ class LayerByLayer(Lesson):
 
 
 def share(error_BTD: Tensor, whole_BTD: Tensor) -> Tensor:
-    """[B, T]: |error|^2 / |whole|^2, in float32 at least."""
+    """[B, T]: |error|^2 / |whole|^2, in float32 at least; |error|^2 where the whole is nothing, as of a token that a
+    layer leaves alone."""
     error_BT, whole_BT = (upcast(x_BTD).square().sum(-1) for x_BTD in (error_BTD, whole_BTD))
-    return error_BT / whole_BT.clamp_min(torch.finfo(whole_BT.dtype).tiny)
+    return error_BT / whole_BT.where(whole_BT > 0, 1)

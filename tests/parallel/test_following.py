@@ -22,7 +22,7 @@ from models.state import Side
 from models.values.resformer import ResFormerValues
 from parallel.distillation import Student, Teacher
 from parallel.engine import Batch
-from parallel.following import LayerByLayer
+from parallel.following import LayerByLayer, share
 from parallel.mesh import Mesh, MeshConfig
 
 TOKENS = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -138,6 +138,11 @@ def test_the_loss_where_a_layer_is_two_steps() -> None:
         loss, _ = losses_and_gradients(student)
     assert loss == pytest.approx(float(sum(shares)) / 6, rel=1e-12)
     assert shares[0] < 1e-20 < 5e-3 < min(shares[1:])
+
+
+def test_tokens_that_a_layer_leaves_alone_have_a_loss() -> None:
+    error_BTD, whole_BTD = torch.tensor([[[3.0, 4.0], [3.0, 4.0]]]), torch.tensor([[[0.0, 10.0], [0.0, 0.0]]])
+    assert share(error_BTD, whole_BTD).tolist() == [[0.25, 25.0]]
 
 
 @pytest.mark.parametrize("residual", FOLLOWING, ids=lambda residual: residual.kind)
