@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 
 from models.layer import Extras, Layer
 from models.lm import LM
@@ -131,7 +130,7 @@ class LayerByLayer(Lesson):
         """The same where the mixer is a step, and the FFN the last one."""
         found: list[tuple[Tensor, Tensor]] = []
 
-        def hook(ffn: Module, given: Given, out: tuple[State, Any]) -> None:
+        def hook(ffn: nn.Module, given: Given, out: tuple[State, Any]) -> None:
             found.append((given[0]["x"], self.earlier(ffn.forward, given, out[0]["x"])))
 
         with layer.ffn.register_forward_hook(hook):
