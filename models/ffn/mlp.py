@@ -10,9 +10,12 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.config import default
 from models.context import LayerContext
+from models.ffn.of_matrices import MatrixFFN
 from models.limits import at_least
-from models.params import Axis, Linear, Normal
+from models.matrices.base import MatrixConfig
+from models.params import Axis, Normal
 from models.slots import FFN, FFNConfig
 from models.state import Result, Side, State
 
@@ -34,11 +37,13 @@ class MLPConfig(FFNConfig, kind="mlp"):
     hidden: width between the two matrices, usually four times the model's. activation: gelu is exact (arXiv
     1606.08415), gelu_tanh its approximation in GPT-2 and GPT-J, relu_squared is Primer's (arXiv 2109.08668). bias: on
     the hidden channels; the output has none, which would be added once per tensor rank.
+    matrix: what its two maps are.
     """
 
     hidden: int
     activation: Activation = "gelu"
     bias: bool = False
+    matrix: MatrixConfig = default(MatrixConfig, "dense")
 
     example = MappingProxyType({"hidden": 24, "bias": True})
 
@@ -49,14 +54,14 @@ class MLPConfig(FFNConfig, kind="mlp"):
         return MLP(self, ctx.d_model, ctx.output_init)
 
 
-class MLP(FFN):
+class MLP(MatrixFFN):
     """Columns of up, rows of down are split over tensor ranks; the output is then a partial sum."""
 
     def __init__(self, config: MLPConfig, d_model: int, output_init: Normal) -> None:
         super().__init__()
         axis = Axis("ffn", config.hidden)
-        self.up = Linear(d_model, config.hidden, axis=axis, bias=config.bias)
-        self.down = Linear(config.hidden, d_model, in_axis=axis, init=output_init)
+        self.up = config.matrix.build(d_model, config.hidden, axis=axis, bias=config.bias)
+        self.down = config.matrix.build(config.hidden, d_model, in_axis=axis, init=output_init)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
