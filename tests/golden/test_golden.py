@@ -27,7 +27,7 @@ def mechanisms() -> set[str]:
 
 
 # What nothing here computes yet.
-OPEN = {"fff", "sparse24_transposable"}
+OPEN = {"sparse24_transposable"}
 
 
 def test_every_folder_is_known() -> None:
