@@ -1,5 +1,6 @@
 """Random legal combinations of all kinds, and of their settings."""
 
+import inspect
 import os
 import random
 from typing import Any
@@ -10,6 +11,7 @@ from configs.structure import instantiate
 from models.config import LMConfig
 from models.ffn.routing import RouterConfig
 from models.lm import LM
+from models.matrices.base import MatrixConfig
 from models.slots import FFNConfig, MixerConfig
 from tests.contract.tiny import SLOTS, diverges, plain
 
@@ -144,6 +146,10 @@ def drawn(slot: str, kind: str, generator: random.Random) -> dict[str, Any]:
         words = generator.getstate()[1]
         inner = random.Random(words[0] + words[-1])  # its own: what else is drawn stays as it was
         data["router"] = drawn("router", inner.choice(list(RouterConfig.kinds())), inner)
+    if slot == "ffn" and "matrix" in inspect.signature(FFNConfig.of_kind(kind)).parameters:
+        words = generator.getstate()[1]
+        inner = random.Random(words[0] - words[-1])
+        data["matrix"] = plain("matrix", inner.choice(list(MatrixConfig.kinds())))
     return data
 
 

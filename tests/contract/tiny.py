@@ -11,6 +11,7 @@ from models.config import LMConfig
 from models.depth.base import DepthConfig
 from models.ffn.routing import RouterConfig
 from models.lm import LM
+from models.matrices.base import MatrixConfig
 from models.norms.base import NormConfig
 from models.params import initialize
 from models.plugin import Plugin
@@ -26,7 +27,7 @@ SLOTS: tuple[type[Plugin], ...] = (
     ScalingConfig,
     DepthConfig,
 )
-ALL_SLOTS: tuple[type[Plugin], ...] = (*SLOTS, RouterConfig)  # a router stands inside an ffn
+ALL_SLOTS: tuple[type[Plugin], ...] = (*SLOTS, RouterConfig, MatrixConfig)  # the last two stand inside an ffn
 
 
 def every_kind() -> list[tuple[str, str]]:
@@ -79,9 +80,18 @@ def limited_router(kind: str, ffn: str = "moe") -> dict[str, Any]:
     return {**plain("ffn", ffn), "router": plain("router", kind), **limited}
 
 
+def of_matrices(kind: str, ffn: str = "swiglu") -> dict[str, Any]:
+    """Plain config of an FFN of such maps, wide enough for their blocks on four tensor ranks."""
+    return {**plain("ffn", ffn), "hidden": 32, "matrix": plain("matrix", kind)}
+
+
 def of_kind(slot: str, kind: str, **others: Any) -> LMConfig:
     """A model with this kind, and with `others` in other slots."""
-    chosen = {"ffn": limited_router(kind)} if slot == "router" else {slot: kind}
+    chosen: dict[str, Any] = {slot: kind}
+    if slot == "router":
+        chosen = {"ffn": limited_router(kind)}
+    if slot == "matrix":
+        chosen = {"ffn": of_matrices(kind)}
     return build(**{**others, **chosen})
 
 
