@@ -119,6 +119,11 @@ def is_stack(axes: tuple[Axis | Parts | None, ...]) -> bool:
     return len(axes) == 3 and isinstance(axes[0], Axis) and axes[0].name == "experts"
 
 
+def is_matrices(spec: ParamSpec) -> bool:
+    """Of a parameter whose role is matrix: whether it is several, [stack, inputs, outputs], each acting as x @ w."""
+    return len(spec.shape) == 3
+
+
 def declare(
     module: nn.Module,
     name: str,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from models.params import ParamSpec
+from models.params import ParamSpec, is_matrices
 from parallel.gradients import Held
 from parallel.mesh import Mesh
 from parallel.shards import whole, write
@@ -65,3 +65,11 @@ def deal(specs: list[ParamSpec | None], ranks: int) -> list[int | None]:
             owners[index] = load.index(min(load))
             load[owners[index]] += sizes[index]  # type: ignore[index]
     return owners
+
+
+def needs_whole(held: Held) -> bool:
+    """Whether ranks may hold parts of matrices. A stack that is split along itself alone is pieces of whole ones."""
+    spec, segments = held.shard.spec, held.shard.segments
+    return not is_matrices(spec) or any(
+        sum(length for _, length in runs) < size for runs, size in zip(segments[1:], spec.shape[1:], strict=True)
+    )

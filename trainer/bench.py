@@ -46,6 +46,7 @@ def bench(config: RunConfig, mesh: Mesh, steps: int, warmup: int) -> BenchResult
             began = time.perf_counter()
         tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(mesh.device)
         batch = Batch(tokens[:, :-1], tokens[:, 1:], keys=torch.arange(rows, device=mesh.device))
+        optimizer.begin(config.optim.lr)
         out = engine.step_gradients(batch, config.micro_batches)
         if config.optim.clip is not None:
             engine.clip(config.optim.clip, engine.grad_norm())

@@ -91,6 +91,7 @@ def measure(
             yield Point(config.d_model, len(config.expanded), step, part, size, change)
         told()
         if step < steps:
+            optimizer.begin(optim.lr)
             engine.step_gradients(Batch(tokens[:, :-1], tokens[:, 1:]), 1)
             if optim.clip is not None:
                 engine.clip(optim.clip, engine.grad_norm())

@@ -35,6 +35,7 @@ def distill(
     losses = []
     for step in range(steps):
         batch = data.batch(first_sample + step * size, size, mesh.data_rank, mesh.data_size, config.train.micro_batch)
+        optimizer.begin(lr := config.optim.lr * schedule.factor(step, span))
         out = student.step_gradients(on_device(batch, mesh.device), config.micro_batches)
         loss, norm = float(out.loss), float(total := student.grad_norm())
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -44,7 +45,7 @@ def distill(
             )
         if config.optim.clip is not None:
             student.clip(config.optim.clip, total)
-        optimizer.step(config.optim.lr * schedule.factor(step, span))
+        optimizer.step(lr)
         student.after_step(out.stats)
         losses.append(loss)
         advance(1)

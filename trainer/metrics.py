@@ -33,7 +33,7 @@ class StepMetrics:
     data_wait: share of the step's seconds until its batch was there. losses: those beside the cross-entropy. experts:
     by layer, the largest expert's load over the mean. dropped: by layer whose experts have limited room, the share of
     picks that found none. depth: "steps", how often a token runs the block of a model whose tokens stop by themselves.
-    memory: what the kind of memory reports.
+    memory: what the kind of memory reports. update: what the optimiser reports.
     """
 
     step: int
@@ -51,6 +51,7 @@ class StepMetrics:
     dropped: Mapping[str, float]
     depth: Mapping[str, float]
     memory: Mapping[str, float]
+    update: Mapping[str, float]
 
     @property
     def perplexity(self) -> float:
@@ -58,7 +59,7 @@ class StepMetrics:
 
     def flat(self) -> dict[str, float]:
         """Every value, by "group/name"."""
-        grouped = ("step", "losses", "experts", "dropped", "depth", "memory")
+        grouped = ("step", "losses", "experts", "dropped", "depth", "memory", "update")
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in grouped}
         own = {"loss": own.pop("loss"), "perplexity": self.perplexity, **own, **self.losses}
         return {
@@ -67,6 +68,7 @@ class StepMetrics:
             **{f"dropped/{layer}": value for layer, value in self.dropped.items()},
             **{f"depth/{name}": value for name, value in self.depth.items()},
             **{f"memory/{name}": value for name, value in self.memory.items()},
+            **{f"update/{name}": value for name, value in self.update.items()},
         }
 
     def __str__(self) -> str:

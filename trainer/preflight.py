@@ -70,7 +70,7 @@ def refuse_run(config: RunConfig) -> None:
         config.engine.refuse(config)
     except ValueError as error:
         raise at("engine", str(error)) from error
-    refuse_patterns(config.model, config.optim.patterns())
+    refuse_optim(config.model, config.optim)
 
 
 def load_model(file: str, overrides: Iterable[str] = ()) -> LMConfig:
@@ -93,8 +93,17 @@ def load_optim(file: str, overrides: Iterable[str], model: LMConfig) -> OptimCon
     if "optim" not in data:
         return None
     config: OptimConfig = parse(OptimConfig, data["optim"], "optim")
-    refuse_patterns(model, config.patterns())
+    refuse_optim(model, config)
     return config
+
+
+def refuse_optim(model: LMConfig, optim: OptimConfig) -> None:
+    """Raise ConfigError for settings that mean nothing of the model, or that it cannot be trained with."""
+    refuse_patterns(model, optim.patterns())
+    try:
+        optim.sparsity.refuse(model)
+    except ValueError as error:
+        raise at("optim.sparsity", str(error)) from error
 
 
 def load_memory(file: str, overrides: Iterable[str]) -> MemoryConfig:

@@ -86,6 +86,11 @@ def resume(
     for key, old, new in differences(with_defaults(content.config), to_plain(config)):
         if key.startswith("model."):
             raise ValueError(f"{key} is {new!r}, and {old!r} in {path}; use another run.dir, or the old value")
+        if key == "optim.sparsity.kind":
+            raise ValueError(
+                f"{key} is {new!r}, and {old!r} in {path}, whose weights are seen in part; use the old value, with "
+                f"optim.sparsity.until={content.state.step} for dense training from there on, or another run.dir"
+            )
         if key.startswith(ORDER) and mesh.is_main:
             warn(
                 f"{key} is {new!r}, and was {old!r} until step {content.state.step}; samples may repeat or be left out"

@@ -46,3 +46,7 @@ class Updater(OptimizerState, Protocol):
     def step(self, lr: float) -> None:
         """Update every parameter from its gradient (a collective). lr: of a parameter whose group does not scale it."""
         ...
+
+    def report(self) -> dict[str, float]:
+        """What is to be logged of the last update beside its loss, by name (a collective)."""
+        ...

@@ -90,6 +90,7 @@ class Stepper:
             dropped=dropped_picks(out.stats),
             depth=depth_used(out.stats),
             memory=memory,
+            update=self._optimizer.report(),
         )
         return state, report, out.votes > 0
 

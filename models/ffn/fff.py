@@ -77,15 +77,15 @@ class FFF(FFN):
 
     def forward(self, x_BTD: Tensor, inputs: State, side: Side) -> Result:
         logits_BTI = F.linear(upcast(x_BTD), upcast(self.nodes), upcast(self.node_bias))
-        if not side.draws:
-            leaf_N = self.leaf(logits_BTI.flatten(0, 1))
-            return Result(self.one_leaf(x_BTD.flatten(0, 1), leaf_N).view_as(x_BTD))
-        decisions_BTI = logits_BTI.sigmoid()
-        losses = {}
+        decisions_BTI, losses = logits_BTI.sigmoid(), {}
         if self.hardening:
             doubt_BTI = entropy(decisions_BTI).masked_fill(~side.valid_BT[..., None], 0)
             losses["hardening"] = self.hardening * doubt_BTI.sum() / doubt_BTI.shape[-1]
-        return Result(self.all_leaves(x_BTD, self.shares(decisions_BTI).to(x_BTD.dtype)), losses=losses)
+        if side.draws:
+            out_BTD = self.all_leaves(x_BTD, self.shares(decisions_BTI).to(x_BTD.dtype))
+        else:
+            out_BTD = self.one_leaf(x_BTD.flatten(0, 1), self.leaf(logits_BTI.flatten(0, 1))).view_as(x_BTD)
+        return Result(out_BTD, losses=losses)
 
     def shares(self, decisions_I: Tensor) -> Tensor:
         """Each leaf's: the product of the decisions that lead to it. [..., I] -> [..., L]."""

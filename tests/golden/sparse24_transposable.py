@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trainer.optim.transposable import transposable
+from trainer.sparsity.masks import transposable
 
 
 def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> dict[str, Tensor]:

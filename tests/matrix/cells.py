@@ -15,9 +15,11 @@ from parallel.mesh import MeshConfig
 from tests.contract.tiny import ALL_SLOTS, HYBRID, build, of_kind
 from tests.matrix import covering
 from tests.matrix.meshes import MESHES
-from trainer.optim.base import OptimConfig, one_step
+from trainer.optim.adamw import AdamWConfig
+from trainer.optim.base import OptimConfig, one_step, two_steps
+from trainer.sparsity.base import SparsityConfig
 
-TABLES: dict[str, type[Plugin]] = {slot.slot: slot for slot in (*ALL_SLOTS, MemoryConfig, OptimConfig)}
+TABLES: dict[str, type[Plugin]] = {slot.slot: slot for slot in (*ALL_SLOTS, MemoryConfig, OptimConfig, SparsityConfig)}
 COMBINATION = "combination"
 # Entries that cross layers, routers with losses and statistics, recurrences, draws, layers that can be undone, and an
 # embedding that is the head too.
@@ -85,7 +87,7 @@ def needs(mesh: str) -> dict[str, Any]:
     }
 
 
-def parts(cell: Cell) -> tuple[LMConfig, MemoryConfig | OptimConfig | None]:
+def parts(cell: Cell) -> tuple[LMConfig, MemoryConfig | OptimConfig | SparsityConfig | None]:
     """The model, and what is tried on it if that is no part of a model. Raises ValueError where the kinds alone are
     refused."""
     if cell.table == COMBINATION:
@@ -95,7 +97,7 @@ def parts(cell: Cell) -> tuple[LMConfig, MemoryConfig | OptimConfig | None]:
     config = build(**(needs(cell.mesh) if MeshConfig.parse(cell.mesh).overlap else MODEL))
     example = TABLES[cell.table].of_kind(cell.row).example
     kind = instantiate(TABLES[cell.table], {"kind": cell.row, **example})
-    assert isinstance(kind, MemoryConfig | OptimConfig)
+    assert isinstance(kind, MemoryConfig | OptimConfig | SparsityConfig)
     return config, kind
 
 
@@ -104,6 +106,9 @@ def trial(cell: Cell) -> Trial:
     config, kind = parts(cell)
     if isinstance(kind, OptimConfig):
         return Trial(config, cell.mesh, check.Settings(update=functools.partial(one_step, kind)))
+    if isinstance(kind, SparsityConfig):
+        optim = AdamWConfig(lr=0.01, sparsity=kind)
+        return Trial(config, cell.mesh, check.Settings(update=functools.partial(two_steps, optim)))
     if isinstance(kind, MemoryConfig):
         return Trial(config, cell.mesh, check.Settings(memory=kind))
     if cell.mesh:

@@ -30,8 +30,8 @@ clipping; under routers experts drop tokens. A number in parentheses is the reas
 refused.
 
 On meshes with expert ranks kinds of other slots stand beside `moe`, and with `overlap=true` beside the ladder residual.
-Memories and optimisers are tried on layers of gated DeltaNet and attention with experts, reversible streams, value
-residuals, stochastic depth and tied embeddings.
+Memories, optimisers and sparse training are tried on layers of gated DeltaNet and attention with experts, reversible
+streams, value residuals, stochastic depth and tied embeddings; sparse training for two updates.
 """
 PAIRS = """## Combinations
 

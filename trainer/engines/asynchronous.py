@@ -71,6 +71,8 @@ def reasons(run: "RunConfig") -> Iterator[tuple[str, str]]:
         yield f"updates before a step's norm is known, and optim.clip is {run.optim.clip}", "use optim.clip=null"
     if run.optim.offload is not None:
         yield "keeps SGD's state on the device, and optim.offload is given", "leave it out"
+    if run.optim.sparsity.kind != "none":
+        yield f"updates within a step, and optim.sparsity is {run.optim.sparsity.kind}", "leave it out"
     if run.train.dtype == "bfloat16":
         yield "changes weights within a step, which bfloat16 computes with a copy of", "use train.dtype=float32"
     if not run.memory.once:

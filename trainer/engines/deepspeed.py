@@ -77,6 +77,11 @@ class DeepSpeedConfig(EngineConfig, kind="deepspeed"):
                 f"optim.offload is {run.optim.offload}, which is of the native engine; leave it out, and use "
                 "engine.offload=optimizer"
             )
+        if run.optim.sparsity.kind != "none":
+            raise ValueError(
+                f"deepspeed updates flat parts of parameters, which optim.sparsity={run.optim.sparsity.kind} cannot "
+                "mask; leave it out, or use engine.kind=native"
+            )
         if run.train.dtype == "float64":
             raise ValueError(
                 "deepspeed keeps weights in float32, and train.dtype is float64; use train.dtype=float32, or "
@@ -233,6 +238,9 @@ class DeepSpeedUpdater:
 
     def step(self, lr: float) -> None:
         self._engine.update(lr)
+
+    def report(self) -> dict[str, float]:
+        return {}
 
     def state(self, held: Held) -> Mapping[str, Tensor]:
         parts = self._engine.parts

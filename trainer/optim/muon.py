@@ -1,7 +1,7 @@
 """Muon: steepest descent under the spectral norm for matrices, AdamW for everything else.
 
-What is orthogonalised is always a whole matrix, whatever pieces the ranks hold of it: one per expert of a stack, one
-per projection where several are fused into one parameter (`Parts`).
+What is orthogonalised is always a whole matrix, whatever pieces the ranks hold of it: each of a stack, such as of
+experts, one per projection where several are fused into one parameter (`Parts`).
 Shape suffixes: S matrices, M rows, N columns.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from models.limits import above_zero
-from models.params import ParamSpec, Parts, is_stack
-from parallel.deal import on_whole
+from models.params import ParamSpec, Parts, is_matrices
+from parallel.deal import needs_whole, on_whole
 from parallel.gradients import Held
 from parallel.shards import write
 from trainer.optim.adamw import adamw_update, check_moments, first_moments
@@ -116,8 +116,8 @@ class Muon(Optimizer):
         return out
 
     def orthogonal(self, x: Tensor, spec: ParamSpec) -> Tensor:
-        """Every matrix of a parameter orthogonalised. x: [M, N], or [S, M, N] per expert."""
-        x_SMN = x if is_stack(spec.axes) else x[None]
+        """Every matrix of a parameter orthogonalised. x: [M, N], or a stack [S, M, N]."""
+        x_SMN = x if is_matrices(spec) else x[None]
         out = torch.empty_like(x_SMN, memory_format=torch.contiguous_format)
         for rows, columns in matrices_of(spec):
             out[:, rows, columns] = orthogonalized(x_SMN[:, rows, columns], self.config.ns_steps)
@@ -129,7 +129,7 @@ class Muon(Optimizer):
         scales = []
         for rows, columns in matrices_of(spec):
             size = (rows.stop - rows.start, columns.stop - columns.start)
-            scales.append(self.config.scale(*(size[::-1] if is_stack(spec.axes) else size)))
+            scales.append(self.config.scale(*(size[::-1] if is_matrices(spec) else size)))
         if len(set(scales)) == 1:
             return torch.full((1,), scales[0], dtype=held.parameter.dtype, device=local(held.parameter).device)
         whole = torch.empty(spec.shape, dtype=held.parameter.dtype)
@@ -141,7 +141,7 @@ class Muon(Optimizer):
 
 
 def matrices_of(spec: ParamSpec) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of each matrix that a parameter, or each expert of one, is made of."""
+    """Rows and columns of each matrix that a parameter, or each part of a stack, is made of."""
     runs = []
     for axes, size in zip(spec.axes[-2:], spec.shape[-2:], strict=True):
         ends = torch.tensor(axes.sizes if isinstance(axes, Parts) else (size,)).cumsum(0).tolist()
@@ -149,11 +149,3 @@ def matrices_of(spec: ParamSpec) -> Iterator[tuple[slice, slice]]:
     for rows in runs[0]:
         for columns in runs[1]:
             yield rows, columns
-
-
-def needs_whole(held: Held) -> bool:
-    """Whether ranks hold parts of matrices: a stack that is split by experts alone is pieces of whole matrices."""
-    spec, segments = held.shard.spec, held.shard.segments
-    return not is_stack(spec.axes) or any(
-        sum(length for _, length in runs) < size for runs, size in zip(segments[1:], spec.shape[1:], strict=True)
-    )

@@ -1,0 +1,1 @@
+"""Sparse training: what of the weights the forward and backward passes see."""
