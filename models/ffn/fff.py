@@ -38,6 +38,7 @@ class FFFConfig(FFNConfig, kind="fff"):
     activation: Activation = "gelu"
     hardening: float = 1.0
 
+    grows = ("leaf_hidden",)
     example = MappingProxyType({"depth": 2, "leaf_hidden": 6})
 
     def __post_init__(self) -> None:

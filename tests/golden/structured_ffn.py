@@ -6,7 +6,7 @@ from torch import Tensor
 from models.matrices.base import MatrixConfig
 from models.matrices.block_dense import BlockDenseConfig
 from models.matrices.block_shuffle import BlockShuffleConfig
-from models.matrices.guided import GuidedConfig
+from models.matrices.guided import Guided, GuidedConfig
 from models.matrices.low_rank import LowRankConfig
 
 
@@ -31,6 +31,7 @@ def run(inputs: dict[str, Tensor], params: dict[str, Tensor], config: dict) -> d
         bias = {"bias": params["bias"]}
     matrix = ours.build(config["in_features"], config["out_features"], bias=True).double()
     if config["guided"]:
+        assert isinstance(matrix, Guided)
         for _ in range(config["guide_step"]):
             matrix.after_step()
     return {"y": torch.func.functional_call(matrix, {**weights, **bias}, (inputs["x"],), strict=False)}

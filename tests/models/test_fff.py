@@ -13,8 +13,8 @@ from tests.models.weights import randomize
 D_MODEL = 5
 
 
-def built(depth: int, **fields: float) -> FFF:
-    config = FFFConfig(depth, 3, **fields)
+def built(depth: int, hardening: float = 1.0) -> FFF:
+    config = FFFConfig(depth, 3, hardening=hardening)
     ffn = config.build(LayerContext(D_MODEL, 0, (LayerConfig(AttentionConfig(1), config),), norm_eps=1e-6))
     assert isinstance(ffn, FFF)
     randomize(ffn.double(), 1.0)
@@ -55,7 +55,7 @@ def test_training_runs_every_leaf(depth: int) -> None:
 def test_otherwise_one_leaf(depth: int) -> None:
     ffn, x_BTD = built(depth), torch.randn(2, 7, D_MODEL, dtype=torch.float64)
     result = ffn(x_BTD, {}, side(training=False))
-    assert not result.losses
+    torch.testing.assert_close(result.losses, ffn(x_BTD, {}, side(training=True)).losses)
     for x_D, out_D in zip(x_BTD.flatten(0, 1), result.out_BTD.flatten(0, 1), strict=True):
         node = 0
         for _ in range(depth):
@@ -74,20 +74,20 @@ def test_certain_decisions_make_the_two_equal() -> None:
 
 def test_padding_has_no_say_in_the_loss() -> None:
     ffn, x_BTD = built(2), torch.randn(2, 7, D_MODEL, dtype=torch.float64)
-    found = side(training=True)
+    found, keys = side(training=True), torch.arange(2)
     documents_BT = torch.zeros(2, 7, dtype=torch.int64)
     documents_BT[1, 4:] = -1
-    padded = Side(found.tokens, found.positions, documents_BT, keys=found.keys)
-    whole = ffn(x_BTD[:1], {}, Side(found.tokens[:1], found.positions[:1], keys=found.keys[:1]))
-    rest = ffn(x_BTD[1:, :4], {}, Side(found.tokens[1:, :4], found.positions[1:, :4], keys=found.keys[1:]))
+    padded = Side(found.tokens, found.positions, documents_BT, keys=keys)
+    whole = ffn(x_BTD[:1], {}, Side(found.tokens[:1], found.positions[:1], keys=keys[:1]))
+    rest = ffn(x_BTD[1:, :4], {}, Side(found.tokens[1:, :4], found.positions[1:, :4], keys=keys[1:]))
     total = whole.losses["hardening"] + rest.losses["hardening"]
     torch.testing.assert_close(ffn(x_BTD, {}, padded).losses["hardening"], total, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("fields", "reason"), [({"depth": 0}, "depth is 0"), ({"depth": 17}, "depth is 17, which")])
-def test_refuses(fields: dict[str, int], reason: str) -> None:
+@pytest.mark.parametrize(("depth", "reason"), [(0, "depth is 0"), (17, "depth is 17, which")])
+def test_refuses(depth: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        FFFConfig(leaf_hidden=2, **fields)
+        FFFConfig(depth, leaf_hidden=2)
 
 
 def test_without_hardening_there_is_no_loss() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from models.matrices.base import MatrixConfig
 from models.matrices.block_dense import BlockDenseConfig
-from models.matrices.block_shuffle import BlockShuffleConfig
+from models.matrices.block_shuffle import BlockShuffle, BlockShuffleConfig
 from models.matrices.guided import Guided, GuidedConfig
 from models.matrices.low_rank import LowRankConfig
 from models.params import Normal, initialize
@@ -38,6 +38,7 @@ def test_low_rank_has_that_rank() -> None:
 @pytest.mark.parametrize(("blocks", "d_in", "d_out"), [(4, 16, 24), (4, 24, 16), (8, 24, 16), (3, 12, 18)])
 def test_shuffled_channels_by_their_formula(blocks: int, d_in: int, d_out: int) -> None:
     matrix = BlockShuffleConfig(blocks).build(d_in, d_out).double()
+    assert isinstance(matrix, BlockShuffle)
     initialize(matrix, 0)
     width = min(d_in, d_out) // blocks
     expected = torch.zeros(d_out, d_in, dtype=torch.float64)

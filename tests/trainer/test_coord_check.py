@@ -12,7 +12,7 @@ from configs.validate import parse
 from launch.cli import main
 from models.config import LMConfig
 from models.lm import LM
-from models.params import is_stack, named_specs
+from models.params import is_matrices, named_specs
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from tests.contract.tiny import build, every_kind, of_kind
@@ -130,5 +130,6 @@ def test_wide_matrices_have_more_inputs_in_a_wider_model(slot: str, kind: str) -
     specs, wider = ({name: spec for name, _, _, spec in named_specs(model)} for model in models)
     for name, spec in specs.items():
         if spec.role in ("matrix", "gate", "router") and len(spec.shape) > 1:
-            inputs = 1 if is_stack(spec.axes) else 0 if name.endswith(("dynamic_alpha", "dynamic_beta")) else -1
+            stacked = spec.role == "matrix" and is_matrices(spec)
+            inputs = 1 if stacked else 0 if name.endswith(("dynamic_alpha", "dynamic_beta")) else -1
             assert spec.wide == (wider[name].shape[inputs] > spec.shape[inputs]), name
