@@ -98,10 +98,15 @@ class Pool:
         assert self._store is not None
         self._tasks += 1
         environment = {k: v for k, v in os.environ.items() if k.startswith("WEFT_")}
-        for rank in range(world):
-            task = (function, args, rank, world, self._store.port, f"task{self._tasks}", environment)
-            self._workers[rank][1].send(task)
-        return self._collect(world, timeout)
+        try:
+            for rank in range(world):
+                task = (function, args, rank, world, self._store.port, f"task{self._tasks}", environment)
+                self._workers[rank][1].send(task)
+            return self._collect(world, timeout)
+        except BaseException:
+            # Whatever it was, such as a test's own time limit: ranks may still have the task, and must not get another.
+            self.close()
+            raise
 
     def _collect(self, world: int, timeout: float) -> list[Any]:
         deadline = time.monotonic() + timeout
@@ -113,7 +118,6 @@ class Pool:
             if not ready and failures:
                 break
             if not ready:
-                self.close()
                 raise TimeoutError(f"ranks {sorted(waiting.values())} of {world} did not answer within {timeout:.0f} s")
             for connection in ready:
                 assert isinstance(connection, Connection)
@@ -128,7 +132,6 @@ class Pool:
                     # The others fail next, because this one left: give them a moment, and report who was first.
                     deadline = min(deadline, time.monotonic() + 1.0)
         if failures:
-            self.close()
             raise RankError(min(failures)[1])
         return [results[rank] for rank in range(world)]
 

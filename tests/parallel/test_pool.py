@@ -1,6 +1,7 @@
 """The pool: answers in order, failures named, deadlines kept, nothing left behind."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,6 +57,25 @@ def test_a_stalled_rank_is_named_within_the_deadline() -> None:
         with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2 did not answer within 3 s"):
             pool.run(stall, 2, timeout=3)
         assert time.monotonic() - started < 15
+
+
+def test_ranks_do_not_keep_a_task_that_its_caller_gave_up() -> None:
+    """As when a test's own time limit ends it."""
+
+    def give_up(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with Pool(2) as pool:
+        pool.run(add, 2, 1)
+        before = signal.signal(signal.SIGALRM, give_up)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                pool.run(stall, 2)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert pool.run(add, 2, 10, timeout=30) == [(0, 21), (1, 21)]
 
 
 def test_workers_end_with_their_parent() -> None:
