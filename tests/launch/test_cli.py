@@ -109,8 +109,8 @@ ALL = (
         (
             ["plugins", "mxer"],
             "there is no slot 'mxer'; did you mean mixer? "
-            "the slots are mixer, attention_gate, router, ffn, norm, residual, values, shortcut, scaling, depth, "
-            "controller, task, packing, optim, schedule, memory, engine",
+            "the slots are mixer, attention_gate, router, ffn, matrix, norm, residual, values, shortcut, scaling, "
+            "depth, controller, task, packing, optim, sparsity, schedule, memory, engine",
         ),
         (["eval", "nope"], "nope has no checkpoint; give the folder of a run that has saved one"),
         (["export", "nope", "out"], "nope has no checkpoint; give the folder of a run that has saved one"),
