@@ -149,7 +149,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run depends on."""
+    """Everything that a run depends on.
+
+    kernels: which implementation of its operations the model calls, such as triton: one word for all of them, or one
+    for each by name, and default for the others. auto is the fastest that the device has, reference plain torch.
+    """
 
     model: LMConfig
     run: OutputConfig
@@ -160,6 +164,7 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     memory: MemoryConfig = default(MemoryConfig, "none")
     engine: EngineConfig = default(EngineConfig, "native")
+    kernels: str | dict[str, str] = "auto"
 
     def __post_init__(self) -> None:
         train, length = self.train, self.data.sequence_length

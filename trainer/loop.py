@@ -11,7 +11,7 @@ from models.lm import LM
 from parallel.context import exchanging
 from parallel.mesh import Mesh
 from parallel.stages import plan, told
-from trainer import metrics
+from trainer import kernels, metrics
 from trainer.config import RunConfig
 from trainer.data.samples import held_out_rows, samples
 from trainer.data.vocabulary import refuse_vocabulary
@@ -77,6 +77,8 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
 
     where.at("start-up, building the model")
     engine, optimizer = config.engine.build(config, mesh)
+    ops = kernels.chosen(config.model, config.kernels, torch.device(mesh.device), getattr(torch, config.train.dtype))
+    kernels.choose(engine.models, ops)
     if launch.fresh:
         on_main(mesh.is_main, lambda: retire(folder))
 
@@ -102,7 +104,7 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
         profiled(config.train.profile, folder, mesh) as profile_step,
     ):
         log.say(opening(config, mesh, state, last, origin) if state.step < last else nothing_to_do(config, state, last))
-        notes = (exchanging(config.model, mesh.config), pipeline(config), *data.plan(config.train.steps * size))
+        notes = (kernels.line(ops), exchanging(config.model, mesh.config), pipeline(config), *data.plan(config.train.steps * size))
         for line in filter(None, notes if state.step < last else ()):
             log.say(line)
         if mesh.is_main:

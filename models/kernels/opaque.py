@@ -1,4 +1,4 @@
-"""Functions that torch.compile calls as they are, where its own code for them is slower."""
+"""Functions that torch.compile calls as they are, where its own code for them is slower or it cannot follow them."""
 
 import functools
 import re
@@ -11,19 +11,26 @@ from torch import library
 Result = TypeVar("Result")
 
 
-def opaque(function: Callable[..., Result]) -> Callable[..., Result]:
+def opaque(
+    function: Callable[..., Result], shapes: Callable[..., Result] | None = None
+) -> Callable[..., Result]:
     """Under a compiler, make one operator of a function that changes none of its arguments and returns none of them.
 
     Its derivative is the caller's: an autograd.Function calls one for each direction. It is named after its module, of
-    which an exported model brings another one. Shapes of results depend on those of the arguments alone, so that the
-    function itself, run without data, tells the compiler of them.
+    which an exported model brings another one. Shapes of results depend on those of the arguments alone. shapes: makes
+    such results of arguments without data; without it the function itself can.
     """
     namespace, name = re.sub(r"\W", "_", function.__module__), function.__name__.strip("_")
     operator = library.custom_op(f"{namespace}::{name}", function, mutates_args=())
-    operator.register_fake(function)
+    operator.register_fake(shapes or function)
 
     @functools.wraps(function)
     def call(*args: Any) -> Result:
         return operator(*args) if torch.compiler.is_compiling() else function(*args)
 
     return call
+
+
+def shaped_by(shapes: Callable[..., Result]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """`opaque` with these shapes, as a decorator."""
+    return functools.partial(opaque, shapes=shapes)

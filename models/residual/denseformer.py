@@ -9,8 +9,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from models.context import LayerContext
+from models.kernels.depth_mix import DepthMix
 from models.params import declare
-from models.residual.past import LayerEnd, Newest, PastOpener, Selection, past, weighted_sum
+from models.residual.past import LayerEnd, Newest, PastOpener, Selection, past
 from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
 
@@ -60,10 +61,11 @@ class DepthAverage(nn.Module):
         if self.averages:
             # Without decay, which would shrink the identity path itself.
             declare(self, "weight", (len(self.reads),), Newest(), decay=False)
+            self.depth_mix = DepthMix()
 
     def forward(self, state: State) -> Tensor:
         sources = [state[name] for name in self.reads]
-        return weighted_sum(sources, list(self.weight)) if self.averages else sources[0]
+        return self.depth_mix(sources, self.weight[None])[0] if self.averages else sources[0]
 
     def flops_per_token(self, d_model: int) -> float:
         return 2 * len(self.reads) * d_model if self.averages else 0

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.context import LayerContext
+from models.kernels.depth_mix import DepthMix
 from models.limits import above_zero, at_least
 from models.params import Constant, FanIn, Init, Linear, declare, upcast
-from models.residual.past import LayerEnd, Newest, PastOpener, Selection, past, weighted_sum
+from models.residual.past import LayerEnd, Newest, PastOpener, Selection, past
 from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
 
@@ -85,6 +86,7 @@ class DepthAggregate(nn.Module):
         self.down = Linear(d_model, hidden, init=FanIn(d_model), role="gate")
         self.up = Linear(hidden, ways * sources, init=Constant(0.0), role="gate", wide=False)
         declare(self, "static", (ways, sources), static_init or Newest(), decay=False)
+        self.mix = DepthMix()
 
     def normed(self, newest_BTD: Tensor) -> Tensor:
         return F.rms_norm(newest_BTD, newest_BTD.shape[-1:], eps=self.eps)
@@ -97,9 +99,6 @@ class DepthAggregate(nn.Module):
     def forward(self, sources: list[Tensor]) -> list[Tensor]:
         """sources: J tensors [B, T, D], oldest first. Returns C of them."""
         return self.mix(sources, self.weights(sources[-1]))
-
-    def mix(self, sources: list[Tensor], w_BTCJ: Tensor) -> list[Tensor]:
-        return [weighted_sum(sources, list(w_BTJ.unsqueeze(-2).unbind(-1))) for w_BTJ in w_BTCJ.unbind(-2)]
 
     def flops_per_token(self, d_model: int) -> float:
         return 2 * self.ways * self.sources * d_model

@@ -64,16 +64,6 @@ class Selection:
         return any(self.mixes(index) and source in self.sources(index) for index in range(source, num_layers + 1))
 
 
-def weighted_sum(sources: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """sum_j weights[j] sources[j], in the sources' type; a weight spreads over the sources it is for."""
-    # One addition after another: for one product the sources would have to be stacked, and every layer would keep
-    # that copy for its backward, where addcmul keeps the sources themselves.
-    mixed = sources[0] * weights[0]
-    for source, weight in zip(sources[1:], weights[1:], strict=True):
-        mixed = torch.addcmul(mixed, source, weight)
-    return mixed.to(sources[0].dtype)
-
-
 class PastOpener(Opener):
     """The embedding is source 0."""
 

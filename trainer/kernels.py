@@ -1,0 +1,35 @@
+"""Which implementation of its operations a run calls."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from models.config import LMConfig
+from models.kernels.op import Choice, Op, Wanted, choices
+from models.lm import LM
+
+
+def chosen(model: LMConfig, wanted: Wanted, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
+    """By the name of each operation that the model has. Raises ValueError for what cannot be called, or is not one."""
+    with torch.device("meta"):
+        return choices(LM(model), wanted, device, dtype)
+
+
+def choose(models: Iterable[LM], by_name: Mapping[str, Choice]) -> None:
+    """Have all operations of these models, which may be stages of the whole one, be called so."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, Op):
+                module.choose(by_name[module.name].implementation)
+
+
+def line(by_name: Mapping[str, Choice]) -> str | None:
+    """One line that says what is called, and what is not because it cannot be."""
+    if not by_name:
+        return None
+    return f"kernels: {', '.join(f'{name} {described(choice)}' for name, choice in by_name.items())}"
+
+
+def described(choice: Choice) -> str:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over)
+    return f"{choice.implementation} ({reasons})" if reasons else choice.implementation
