@@ -104,7 +104,8 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
         profiled(config.train.profile, folder, mesh) as profile_step,
     ):
         log.say(opening(config, mesh, state, last, origin) if state.step < last else nothing_to_do(config, state, last))
-        notes = (kernels.line(ops), exchanging(config.model, mesh.config), pipeline(config), *data.plan(config.train.steps * size))
+        placement = (kernels.line(ops), exchanging(config.model, mesh.config), pipeline(config))
+        notes = (*placement, *data.plan(config.train.steps * size))
         for line in filter(None, notes if state.step < last else ()):
             log.say(line)
         if mesh.is_main:

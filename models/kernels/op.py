@@ -1,7 +1,7 @@
 """Operations with several implementations, and how a run chooses among them.
 
-A module that needs one holds it as a part. As built it is the reference; a run chooses once, before the first step, says
-which, and nothing falls back later.
+A module that needs one holds it as a part. As built it is the reference; a run chooses once, before the first step,
+says which, and nothing falls back later.
 """
 
 import importlib

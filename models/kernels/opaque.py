@@ -11,9 +11,7 @@ from torch import library
 Result = TypeVar("Result")
 
 
-def opaque(
-    function: Callable[..., Result], shapes: Callable[..., Result] | None = None
-) -> Callable[..., Result]:
+def opaque(function: Callable[..., Result], shapes: Callable[..., Result] | None = None) -> Callable[..., Result]:
     """Under a compiler, make one operator of a function that changes none of its arguments and returns none of them.
 
     Its derivative is the caller's: an autograd.Function calls one for each direction. It is named after its module, of

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
+from models.kernels.stream_mix import StreamMix
 from models.limits import above_zero, at_least
-from models.params import Constant, declare, upcast
+from models.params import Constant, declare
 from models.residual.stream_norm import Kind, stream_norm
 from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
@@ -96,6 +97,7 @@ class StaticHyper(Connection):
         super().__init__()
         self.streams = streams
         self.writes = (Entry("streams", (streams, d_model)),)
+        self.mix = StreamMix()
         # Without decay: it would shrink the identity path itself, which has been seen to end in NaN.
         declare(self, "static_alpha", (streams, 1 + streams), StaticAlpha(index % streams), decay=False)
         declare(self, "static_beta", (streams,), Constant(1.0), decay=False)
@@ -107,14 +109,15 @@ class StaticHyper(Connection):
     def read(self, state: State) -> tuple[Views, State]:
         streams_BTND = state["streams"]
         alpha, beta = self.weights(streams_BTND)
-        x_BTD = torch.einsum("...n,...nd->...d", alpha[..., 0], streams_BTND)
-        return Views.same(x_BTD), {"mix": alpha[..., 1:], "beta": beta}
+        x_BT1D = self.mix(streams_BTND, alpha[..., :1])
+        return Views.same(x_BT1D.squeeze(-2)), {"mix": alpha[..., 1:], "beta": beta}
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         # Mixed here, not in `read`, so that one set of streams and not two lives while the branch runs.
-        mixed_BTMD = torch.einsum("...nm,...nd->...md", kept["mix"], state["streams"])
-        streams_BTND = torch.addcmul(mixed_BTMD, kept["beta"][..., None], out_BTD[..., None, :])
-        return {**state, "streams": streams_BTND}
+        return {
+            **state,
+            "streams": self.mix(state["streams"], kept["mix"], out_BTD[..., None, :], kept["beta"][..., None, :]),
+        }
 
     def peek(self, state: State) -> Tensor:
         """The mean over the streams, which at initialisation is the plain residual's stream."""
@@ -146,7 +149,7 @@ class DynamicHyper(StaticHyper):
 
     def weights(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor]:
         columns = torch.cat([self.dynamic_alpha, self.dynamic_beta], dim=1)
-        dynamic = self.activation(upcast(self.norm(streams_BTND) @ columns))
+        dynamic = self.activation(self.norm(streams_BTND, columns))
         alpha = torch.addcmul(self.static_alpha, dynamic[..., :-1], self.alpha_scale)
         beta = torch.addcmul(self.static_beta, dynamic[..., -1], self.beta_scale)
         return alpha.to(streams_BTND.dtype), beta.to(streams_BTND.dtype)

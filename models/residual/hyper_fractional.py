@@ -1,7 +1,7 @@
 """Fractional hyper-connections: every stream is cut into fractions, which are connected as streams are.
 
-Shape suffixes: B batch, T sequence, N streams, P fractions (Q where they are written), R = P N rows, D model width,
-C = D / P width of a fraction.
+Shape suffixes: B batch, T sequence, N streams, P fractions (Q where they are written), R = N P rows, as they lie, D
+model width, C = D / P width of a fraction.
 """
 
 import dataclasses
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
+from models.kernels.stream_mix import StreamMix
 from models.limits import at_least
-from models.params import Constant, declare, upcast
+from models.params import Constant, declare
 from models.residual.hyper import HyperConnections, stream_sums
 from models.residual.stream_norm import stream_norm
 from models.slots import Connection
@@ -82,6 +83,7 @@ class FractionalHyper(Connection):
         width, columns = d_model // fractions, fractions * (1 + streams)
         self.norm = stream_norm(config.norm, width, config.norm_eps)
         self.activation = nn.Tanh() if config.activation == "tanh" else nn.Identity()
+        self.mix = StreamMix()
         alpha = FractionalAlpha(index % streams, streams)
         declare(self, "static_alpha", (fractions * streams, columns), alpha, decay=False)
         declare(self, "static_beta", (fractions, streams, fractions), FractionalBeta(), decay=False)
@@ -91,25 +93,26 @@ class FractionalHyper(Connection):
         declare(self, "beta_scale", (1,), Constant(0.01))
 
     def rows(self, streams_BTND: Tensor) -> Tensor:
-        return streams_BTND.unflatten(-1, (self.fractions, -1)).transpose(-3, -2).flatten(-3, -2)
+        return streams_BTND.unflatten(-1, (self.fractions, -1)).flatten(-3, -2)
 
     def read(self, state: State) -> tuple[Views, State]:
         rows_BTRC = self.rows(state["streams"])
         columns = torch.cat([self.dynamic_alpha, self.dynamic_beta], dim=1)
-        dynamic = self.activation(upcast(self.norm(rows_BTRC) @ columns))
+        dynamic = self.activation(self.norm(rows_BTRC, columns))
         dynamic_alpha, dynamic_beta = dynamic.tensor_split([self.static_alpha.shape[1]], dim=-1)
-        alpha = torch.addcmul(self.static_alpha, dynamic_alpha, self.alpha_scale)
-        alpha = alpha.to(rows_BTRC.dtype).unflatten(-1, (self.fractions, -1))
-        dynamic_beta = dynamic_beta.unflatten(-2, (self.fractions, self.streams))
-        beta = torch.addcmul(self.static_beta, dynamic_beta, self.beta_scale).to(rows_BTRC.dtype)
-        x_BTD = torch.einsum("...rq,...rc->...qc", alpha[..., 0], rows_BTRC).flatten(-2)
-        return Views.same(x_BTD), {"mix": alpha[..., 1:], "beta": beta}
+        static_alpha = self.static_alpha.unflatten(0, (self.fractions, -1)).transpose(0, 1).flatten(0, 1)
+        alpha = torch.addcmul(static_alpha, dynamic_alpha, self.alpha_scale).to(rows_BTRC.dtype)
+        alpha_BTRQM = alpha.unflatten(-1, (self.fractions, -1))
+        dynamic_beta = dynamic_beta.unflatten(-2, (self.streams, self.fractions)).transpose(-3, -2)
+        beta_BTPNQ = torch.addcmul(self.static_beta, dynamic_beta, self.beta_scale).to(rows_BTRC.dtype)
+        x_BTQC = self.mix(rows_BTRC, alpha_BTRQM[..., 0])
+        kept = {"mix": alpha_BTRQM[..., 1:].transpose(-1, -2).flatten(-2), "beta": beta_BTPNQ}
+        return Views.same(x_BTQC.flatten(-2)), kept
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         out_BTPC = out_BTD.unflatten(-1, (self.fractions, -1))
-        mixed_BTND = torch.einsum("...rqn,...rc->...nqc", kept["mix"], self.rows(state["streams"])).flatten(-2)
-        added_BTND = torch.einsum("...pnq,...pc->...nqc", kept["beta"], out_BTPC).flatten(-2)
-        return {**state, "streams": mixed_BTND + added_BTND}
+        rows_BTRC = self.mix(self.rows(state["streams"]), kept["mix"], out_BTPC, kept["beta"].flatten(-2))
+        return {**state, "streams": rows_BTRC.unflatten(-2, (self.streams, -1)).flatten(-2)}
 
     def peek(self, state: State) -> Tensor:
         """The mean over the streams, as in hyper."""

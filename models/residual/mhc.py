@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
+from models.kernels.sinkhorn import Sinkhorn
+from models.kernels.stream_mix import StreamMix
 from models.limits import above_zero, at_least
-from models.params import Constant, declare, upcast
+from models.params import Constant, declare
 from models.residual.hyper import StreamCloser, StreamOpener, stream_sums
-from models.residual.sinkhorn import sinkhorn
 from models.residual.stream_norm import OffsetRMSNorm
 from models.slots import Closer, Connection, Opener, ResidualConfig
 from models.state import Entry, State, Views
@@ -106,6 +107,7 @@ class ManifoldHyper(Connection):
         super().__init__()
         self.streams = config.streams
         self.writes = (Entry("streams", (config.streams, d_model)),)
+        self.mix = StreamMix()
         self.norm = OffsetRMSNorm(width, config.norm_eps)
         declare(self, "static_beta", (self.streams,), Constant(0.0), decay=False)
         declare(self, "dynamic_alpha", (width, columns[0]), Constant(0.0), role="gate")
@@ -116,7 +118,7 @@ class ManifoldHyper(Connection):
     def dynamic(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """rows: [B, T, ..., width]. Returns the columns of alpha and of beta, in at least float32."""
         columns = torch.cat([self.dynamic_alpha, self.dynamic_beta], dim=1)
-        alpha, beta = upcast(self.norm(rows) @ columns).tensor_split([self.dynamic_alpha.shape[1]], dim=-1)
+        alpha, beta = self.norm(rows, columns).tensor_split([self.dynamic_alpha.shape[1]], dim=-1)
         return alpha, beta
 
     def matrices(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,13 +139,13 @@ class ManifoldHyper(Connection):
         # R - I and not R: near the identity, bfloat16 would leave rows that no longer sum to 1.
         moves = mix - torch.eye(self.streams, dtype=mix.dtype, device=mix.device)
         kept = {"moves": moves.to(streams_BTND.dtype), "beta": beta.to(streams_BTND.dtype)}
-        return Views.same(torch.einsum("...n,...nd->...d", pre.to(streams_BTND.dtype), streams_BTND)), kept
+        x_BT1D = self.mix(streams_BTND, pre.to(streams_BTND.dtype)[..., None])
+        return Views.same(x_BT1D.squeeze(-2)), kept
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         # Mixed here, not in `read`, so that one set of streams and not two lives while the branch runs.
-        moved_BTMD = torch.einsum("...nm,...nd->...md", kept["moves"], state["streams"])
-        mixed_BTMD = state["streams"] + moved_BTMD
-        return {**state, "streams": torch.addcmul(mixed_BTMD, kept["beta"][..., None], out_BTD[..., None, :])}
+        mixed_BTND = self.mix(state["streams"], kept["moves"], out_BTD[..., None, :], kept["beta"][..., None, :], True)
+        return {**state, "streams": mixed_BTND}
 
     def peek(self, state: State) -> Tensor:
         """The mean over the streams, which mixing leaves alone."""
@@ -163,7 +165,7 @@ class SinkhornHyper(ManifoldHyper):
         self, config: ManifoldHyperConnections, d_model: int, index: int, width: int, columns: tuple[int, int]
     ) -> None:
         super().__init__(config, d_model, width, columns)
-        self.iterations = config.iterations
+        self.iterations, self.sinkhorn = config.iterations, Sinkhorn()
         streams = config.streams
         declare(self, "static_alpha", (streams, 1 + streams), OneStreamReads(index % streams), decay=False)
 
@@ -174,7 +176,7 @@ class SinkhornHyper(ManifoldHyper):
     def matrices(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha, beta = self.logits(streams_BTND)
         alpha = torch.addcmul(self.static_alpha, alpha, self.alpha_scale(1, self.streams))
-        return alpha[..., 0].sigmoid(), sinkhorn(alpha[..., 1:], self.iterations), self.post(beta)
+        return alpha[..., 0].sigmoid(), self.sinkhorn(alpha[..., 1:], self.iterations), self.post(beta)
 
 
 class FlatHyper(SinkhornHyper):

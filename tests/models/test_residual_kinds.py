@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.kernels.sinkhorn.reference import sinkhorn
 from models.params import named_specs
 from models.residual.denseformer import DenseFormer
 from models.residual.hyper import HyperConnections
@@ -21,7 +22,6 @@ from models.residual.parallel import ParallelResidual, ParallelResidualTwoNorms
 from models.residual.past import Selection
 from models.residual.plain import PlainResidual
 from models.residual.reversible import ReversibleResidual
-from models.residual.sinkhorn import sinkhorn
 from models.scaling.rezero import ReZero
 from models.shortcuts.laurel import Laurel
 from models.slots import Connection, ResidualConfig

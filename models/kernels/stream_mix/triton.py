@@ -1,0 +1,73 @@
+"""Mixes of streams by Triton's kernels: streams and what a branch made are rows of the same weighted sums.
+
+Shape suffixes: N tokens, R rows, Q rows made, P rows of what a branch made, J = R + P, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.kernels import mixing
+from models.kernels.opaque import shaped_by
+
+
+def made_shape(w_NQJ: Tensor, groups: list[Tensor]) -> Tensor:
+    tokens, _, width = groups[0].shape
+    return groups[0].new_empty(tokens, w_NQJ.shape[-2], width)
+
+
+@shaped_by(made_shape)
+def mix(w_NQJ: Tensor, groups: list[Tensor]) -> Tensor:
+    """groups: [N, R, D] and, if there is one, [N, P, D]."""
+    made_NQD = made_shape(w_NQJ, groups)
+    mixing.mix(w_NQJ, rows_of(groups), rows_of([made_NQD]))
+    return made_NQD
+
+
+def gradient_shapes(w_NQJ: Tensor, groups: list[Tensor], grad_NQD: Tensor) -> list[Tensor]:
+    dw_NQJ = w_NQJ.new_empty(w_NQJ.shape, dtype=mixing.wide(w_NQJ.dtype, grad_NQD.dtype))
+    return [dw_NQJ, *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in groups)]
+
+
+@shaped_by(gradient_shapes)
+def mix_backward(w_NQJ: Tensor, groups: list[Tensor], grad_NQD: Tensor) -> list[Tensor]:
+    """The gradients of the weights and of each group."""
+    _, *made = gradient_shapes(w_NQJ, groups, grad_NQD)
+    return [mixing.mix_backward(w_NQJ, rows_of(groups), rows_of([grad_NQD]), rows_of(made)), *made]
+
+
+def rows_of(groups: list[Tensor]) -> list[Tensor]:
+    """Each row of each group, [N, D]."""
+    return [row_ND for group in groups for row_ND in group.contiguous().unbind(1)]
+
+
+class _StreamMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w_NQJ: Tensor, *groups: Tensor) -> Tensor:
+        ctx.save_for_backward(w_NQJ, *groups)
+        return mix(w_NQJ, list(groups))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        w_NQJ, *groups = ctx.saved_tensors
+        dw_NQJ, *made = mix_backward(w_NQJ, groups, grads[0])
+        return dw_NQJ.to(w_NQJ.dtype), *made
+
+
+def stream_mix(
+    streams_RD: Tensor, m_RQ: Tensor, out_PD: Tensor | None = None, b_PQ: Tensor | None = None, moves: bool = False
+) -> Tensor:
+    """See `models.kernels.stream_mix.reference`. The weights' sums are in float32."""
+    w_RQ = m_RQ.to(torch.promote_types(m_RQ.dtype, torch.float32))
+    if moves:
+        w_RQ = w_RQ + torch.eye(w_RQ.shape[-2], dtype=w_RQ.dtype, device=w_RQ.device)
+    groups = [streams_RD.flatten(0, -3)]
+    if out_PD is not None and b_PQ is not None:
+        w_RQ = torch.cat([w_RQ, b_PQ.to(w_RQ.dtype)], dim=-2)
+        groups.append(out_PD.flatten(0, -3).to(streams_RD.dtype))
+    w_NQJ = w_RQ.mT if w_RQ.dim() == 2 else w_RQ.mT.flatten(0, -3)
+    made_NQD: Tensor = _StreamMix.apply(w_NQJ, *groups)  # type: ignore[assignment]
+    return made_NQD.unflatten(0, streams_RD.shape[:-2])

@@ -1,0 +1,83 @@
+"""Compile every Triton kernel for a GPU that is not here, as far as machine code: `python -m tests.kernels.ahead`.
+
+Prints one line per kernel. Kernels are launched as in training, on CPU tensors, with a launch that only compiles.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from models.kernels.depth_mix.triton import depth_mix
+from models.kernels.normed_product.triton import normed_product
+from models.kernels.sinkhorn.triton import sinkhorn
+from models.kernels.stream_mix.triton import stream_mix
+
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+class NoDevice:
+    """A driver that knows what to compile for, and cannot run it."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Compiling:
+    """In the place of `JITFunction.run`."""
+
+    def __init__(self) -> None:
+        self.run, self.sizes = JITFunction.run, dict[str, list[int]]()
+
+    def install(self) -> None:
+        def run(function: Any, *args: Any, **kwargs: Any) -> Any:
+            kernel = self.run(function, *args, **{**kwargs, "warmup": True})
+            self.sizes.setdefault(function.__name__, []).append(len(kernel.asm["cubin"]))
+            return kernel
+
+        JITFunction.run = run
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+def both_passes(outs: Tensor | list[Tensor]) -> None:
+    outs = [outs] if isinstance(outs, Tensor) else outs
+    torch.autograd.backward(outs, [torch.zeros_like(out) for out in outs])
+
+
+def launch_all() -> None:
+    """Every kernel, in the types of training: bfloat16 with float32 weights."""
+    weights = {"dtype": torch.float32}
+    both_passes(depth_mix([draw(8, 2048) for _ in range(5)], draw(8, 4, 5, **weights)))
+    both_passes(stream_mix(draw(8, 4, 2048), draw(8, 4, 4), draw(8, 1, 2048), draw(8, 1, 4)))
+    both_passes(normed_product(draw(32, 2048), draw(2048, 6), draw(2048), draw(2048), 1e-5))
+    both_passes(normed_product(draw(8, 8192), draw(8192, 24), draw(8192), None, 1e-6))
+    both_passes(sinkhorn(draw(8, 4, 4, **weights), 20))
+
+
+def main() -> None:
+    driver.set_active(NoDevice())
+    compiling = Compiling()
+    compiling.install()
+    launch_all()
+    for name, sizes in compiling.sizes.items():
+        print(f"{name}: {', '.join(map(str, sizes))} bytes for sm_{TARGET.arch}, Triton {triton.__version__}")
+
+
+if __name__ == "__main__":
+    main()
