@@ -5,7 +5,6 @@ K picks.
 """
 
 import dataclasses
-from collections.abc import Callable
 from types import MappingProxyType
 from typing import Self
 
@@ -19,7 +18,10 @@ from models.ffn.capacity import Room
 from models.ffn.experts import Experts
 from models.ffn.groups import StatsGroup
 from models.ffn.routed import RoutedFFN
-from models.ffn.routing import LinearRouter, Routing, best, normalized
+from models.ffn.routing import LinearRouter, Routing
+from models.kernels.combine import Combine
+from models.kernels.combine.reference import Picks
+from models.kernels.masked_gate import MaskedGate
 from models.limits import above_zero, at_least
 from models.params import Normal, declare, upcast
 from models.pieces import WHOLE, Part
@@ -106,19 +108,25 @@ def nearest(layers: tuple[FFNConfig, ...]) -> MoEPlusPlusConfig | None:
     return next((ffn for ffn in layers if isinstance(ffn, MoEPlusPlusConfig)), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskedTopK:
-    """p = softmax(logits), its top_k, the weight of zero experts (index >= first_zero) set to 0, the rest divided by
-    their sum: a zero expert hands its share to the other picks. A token that only picks zero experts gets 0."""
+class MaskedTopK(nn.Module):
+    """p = softmax(logits + the gating residual), its top_k, the weight of zero experts (index >= first_zero) set to 0,
+    the rest divided by their sum: a zero expert hands its share to the other picks. A token that only picks zero
+    experts gets 0. The routing's logits are those that the next router adds to."""
 
-    top_k: int
-    first_zero: int
+    def __init__(self, top_k: int, first_zero: int) -> None:
+        super().__init__()
+        self.top_k, self.first_zero = top_k, first_zero
+        self.gate = MaskedGate()
 
-    def __call__(self, logits_BTE: Tensor, side: Side) -> Routing:
-        probs_BTE = logits_BTE.softmax(-1)
-        index_BTK = side.choose(self, lambda: best(probs_BTE, self.top_k))
-        weights_BTK = probs_BTE.gather(-1, index_BTK).masked_fill(index_BTK >= self.first_zero, 0)
-        return Routing(logits_BTE, probs_BTE, index_BTK, normalized(weights_BTK))
+    def forward(self, logits_BTE: Tensor, side: Side, residual_BTE: Tensor | None = None) -> Routing:
+        def gated(picked_BTK: Tensor | None = None) -> Routing:
+            return Routing(*self.gate(logits_BTE, residual_BTE, self.top_k, self.first_zero, picked_BTK))
+
+        if side.choices is None:
+            return gated()
+        with torch.no_grad():
+            picked_BTK = side.choose(self, lambda: gated().index_BTK)
+        return gated(picked_BTK)
 
 
 class ConstantExperts(nn.Module):
@@ -131,23 +139,21 @@ class ConstantExperts(nn.Module):
         declare(self, "weight", (count, 2, d_model), Normal(0.02), role="gate")
         declare(self, "value", (count, d_model), Normal(1.0), decay=False)
 
-    def forward(self, x_ND: Tensor, gates_NC: Tensor) -> Tensor:
-        """`sum_c gate_c expert_c(x)`, [N, D]."""
+    def forward(self, x_ND: Tensor, gates_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """What `sum_c gate_c expert_c(x)` is made of: the share of x [N, 1], and of each value [N, C]."""
         mix_NC2 = F.linear(x_ND, upcast(self.weight).flatten(0, 1)).unflatten(-1, (-1, 2)).softmax(-1)
         keep_NC, take_NC = (mix_NC2 * gates_NC[..., None]).unbind(-1)
-        return keep_NC.sum(-1, keepdim=True) * x_ND + take_NC @ upcast(self.value)
+        return keep_NC.sum(-1, keepdim=True), take_NC
 
 
 class MoEPlusPlus(RoutedFFN):
     """`y = sum_k w_k expert_k(x)`. Only picks of FFN experts are dispatched; the others are computed in place for all
     tokens, at the cost of a few vectors."""
 
-    def __init__(
-        self, config: MoEPlusPlusConfig, ctx: LayerContext, router: nn.Module, select: Callable[[Tensor, Side], Routing]
-    ) -> None:
+    def __init__(self, config: MoEPlusPlusConfig, ctx: LayerContext, router: nn.Module, select: nn.Module) -> None:
         super().__init__(Experts(config.num_experts, ctx.d_model, config.hidden, ctx.output_init))
         self.balance, self.room = Balance(config.stats_group), config.room()
-        self.config, self.select = config, select
+        self.config, self.select, self.combine = config, select, Combine()
         self.has_losses = config.aux_coef > 0
         ffns = tuple(layer.ffn for layer in ctx.layers)
         self.router = router
@@ -162,10 +168,8 @@ class MoEPlusPlus(RoutedFFN):
     def forward(self, x_BTD: Tensor, inputs: State, side: Side, part: Part = WHOLE) -> Result:
         """Of a part, experts without a width count an equal share."""
         config = self.config
-        logits_BTE = self.router(x_BTD)
-        if self.router_residual is not None:
-            logits_BTE = logits_BTE + self.router_residual(inputs[LOGITS])
-        routing, valid_BT = self.select(logits_BTE, side), side.valid_BT
+        residual_BTE = None if self.router_residual is None else self.router_residual(inputs[LOGITS])
+        routing, valid_BT = self.select(self.router(x_BTD), side, residual_BTE), side.valid_BT
         index_NK, weights_NK = routing.index_BTK.flatten(0, 1), routing.weights_BTK.flatten(0, 1)
         of_ffn_NK = index_NK < config.num_experts
         stats = {"expert_load": self.balance.load(routing.index_BTK, None, valid_BT, config.num_total)}
@@ -175,22 +179,28 @@ class MoEPlusPlus(RoutedFFN):
             room_NK = fits_BTK.flatten(0, 1)
             of_ffn_NK, weights_NK = of_ffn_NK & room_NK, weights_NK * room_NK
         u_ND = self.expert_input(x_BTD.flatten(0, 1))
-        out_ND = self.run_experts(u_ND, index_NK, weights_NK, of_ffn_NK, part)
-        out_ND = out_ND + self.run_free(upcast(u_ND), index_NK, weights_NK) / part.count
+        y_PD = self.picked(u_ND, index_NK, Picks.of(of_ffn_NK), part)
+        own_N1, take_NC, value_CD = self.free(u_ND, index_NK, weights_NK)
+        free = (own_N1 / part.count, take_NC / part.count, value_CD)
+        out_ND = self.combine(y_PD, weights_NK, None if of_ffn_NK.is_meta else of_ffn_NK, u_ND, *free)
         losses: dict[str, Tensor] = {}
         if config.aux_coef:
             terms_E = self.balance.terms(routing.probs_BTE, routing.index_BTK, valid_BT)
             ffn, free = terms_E.tensor_split([config.num_experts])
             losses["load_balance"] = config.aux_coef * (ffn.sum() + config.tau * free.sum())
-        writes = {LOGITS: logits_BTE} if self.writes else {}
-        return Result(out_ND.to(x_BTD.dtype).view_as(x_BTD), writes, losses, stats)
+        writes = {LOGITS: routing.logits_BTE} if self.writes else {}
+        return Result(out_ND.view_as(x_BTD), writes, losses, stats)
 
     def expert_input(self, x_ND: Tensor) -> Tensor:
         return x_ND
 
-    def run_free(self, u_ND: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """The share of the constant and copy experts, [N, D]; zero experts add nothing."""
+    def free(self, u_ND: Tensor, index_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the copy and constant experts add is own u + take value: own [N, 1], take [N, C], value [C, D]. Zero
+        experts add nothing."""
         gates_NE = weights_NK.new_zeros(u_ND.shape[0], self.config.num_total).scatter(1, index_NK, weights_NK)
         _, constant_NC, copy_NE, _ = gates_NE.split(self.config.sizes, dim=1)
-        out_ND = copy_NE.sum(1, keepdim=True) * u_ND
-        return out_ND if self.constants is None else out_ND + self.constants(u_ND, constant_NC)
+        own_N1 = copy_NE.sum(1, keepdim=True)
+        if self.constants is None:
+            return own_N1, constant_NC, u_ND.new_zeros(0, u_ND.shape[1])
+        kept_N1, take_NC = self.constants(upcast(u_ND), constant_NC)
+        return own_N1 + kept_N1, take_NC, self.constants.value

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.ffn.moe_plus_plus import MaskedTopK, MoEPlusPlus, MoEPlusPlusConfig
-from models.ffn.routing import LinearRouter, Routing, best
+from models.ffn.routing import LinearRouter, Routing
+from models.kernels.picks import best
 from models.limits import above_zero
 from models.slots import FFN
 from models.state import Side
@@ -63,20 +64,26 @@ class TwoLayerRouter(nn.Module):
 class SelectedTopK(MaskedTopK):
     """Mixtral's gating: weights are a softmax over the picked logits."""
 
-    def __call__(self, logits_BTE: Tensor, side: Side) -> Routing:
+    def forward(self, logits_BTE: Tensor, side: Side, residual_BTE: Tensor | None = None) -> Routing:
+        if residual_BTE is not None:
+            logits_BTE = logits_BTE + residual_BTE
         index_BTK = side.choose(self, lambda: best(logits_BTE, self.top_k))
         return Routing(logits_BTE, logits_BTE.softmax(-1), index_BTK, logits_BTE.gather(-1, index_BTK).softmax(-1))
 
 
-@dataclasses.dataclass(frozen=True)
-class ScaledLogits:
-    """`gating` on logits divided by their standard deviation over experts (unbiased), times `std`."""
+class ScaledLogits(nn.Module):
+    """`gating` on logits divided by their standard deviation over experts (unbiased), times `std`. The next router adds
+    to them as they were."""
 
-    gating: MaskedTopK
-    std: float
+    def __init__(self, gating: MaskedTopK, std: float) -> None:
+        super().__init__()
+        self.gating, self.std = gating, std
 
-    def __call__(self, logits_BTE: Tensor, side: Side) -> Routing:
-        return self.gating(logits_BTE * (self.std / logits_BTE.std(-1, keepdim=True)), side)
+    def forward(self, logits_BTE: Tensor, side: Side, residual_BTE: Tensor | None = None) -> Routing:
+        if residual_BTE is not None:
+            logits_BTE = logits_BTE + residual_BTE
+        routing: Routing = self.gating(logits_BTE * (self.std / logits_BTE.std(-1, keepdim=True)), side)
+        return routing._replace(logits_BTE=logits_BTE)
 
 
 class MoEPlusPlusReleased(MoEPlusPlus):

@@ -175,14 +175,3 @@ class LinearRouter(Linear):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return F.linear(upcast(x_ND), upcast(self.weight))
-
-
-def best(ranking_BTE: Tensor, top_k: int) -> Tensor:
-    """The top_k experts, best first, [B, T, K]."""
-    return ranking_BTE.detach().topk(top_k, dim=-1).indices
-
-
-def normalized(weights: Tensor) -> Tensor:
-    """weights / their sum over the last dimension; 0 where all are 0, which would be 0/0."""
-    total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total > 0, total, 1)

@@ -9,7 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from models.ffn.routing import Router, Routing, TopKConfig, TopKRouter, best
+from models.ffn.routing import Router, Routing, TopKConfig, TopKRouter
+from models.kernels.picks import best
 from models.limits import above_zero, at_least
 from models.state import Side
 

@@ -11,7 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from models.ffn.routing import Router, RouterConfig, Routing, best, normalized
+from models.ffn.routing import Router, RouterConfig, Routing
+from models.kernels.picks import best, normalized
 from models.limits import at_least
 from models.routers.deepseek_v2 import LimitedConfig, LimitedRouter
 from models.state import Side

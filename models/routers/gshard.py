@@ -9,7 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from models.ffn.routing import BalancedConfig, Router, Routing, TopKRouter, best, normalized
+from models.ffn.routing import BalancedConfig, Router, Routing, TopKRouter
+from models.kernels.picks import best, normalized
 from models.noise import uniform
 from models.state import Side
 

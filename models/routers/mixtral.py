@@ -7,7 +7,8 @@ import dataclasses
 
 from torch import Tensor
 
-from models.ffn.routing import Router, RouterConfig, Routing, TopKConfig, TopKRouter, best
+from models.ffn.routing import Router, RouterConfig, Routing, TopKConfig, TopKRouter
+from models.kernels.picks import best
 from models.state import Side
 
 

@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from models.ffn.routing import Router, Routing, TopKConfig, TopKRouter, best
+from models.ffn.routing import Router, Routing, TopKConfig, TopKRouter
+from models.kernels.picks import best
 from models.limits import at_least
 from models.state import Side
 

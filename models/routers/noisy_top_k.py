@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ffn.balance import z_loss
-from models.ffn.routing import Routed, Router, RouterConfig, Routing, best
+from models.ffn.routing import Routed, Router, RouterConfig, Routing
+from models.kernels.picks import best
 from models.limits import at_least
 from models.noise import normal
 from models.params import Constant, Init, declare, upcast

@@ -8,7 +8,8 @@ from typing import Self
 
 from torch import Tensor
 
-from models.ffn.routing import BalancedConfig, Router, Routing, TopKRouter, best
+from models.ffn.routing import BalancedConfig, Router, Routing, TopKRouter
+from models.kernels.picks import best
 from models.limits import at_least
 from models.noise import uniform
 from models.params import upcast

@@ -8,7 +8,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from models.ffn.routing import Router, Routing, best
+from models.ffn.routing import Router, Routing
+from models.kernels.picks import best
 from models.params import upcast
 from models.routers.noisy_top_k import NoisyConfig, NoisyRouter
 from models.state import Side

@@ -12,7 +12,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from models.kernels.combine.triton import combine
 from models.kernels.depth_mix.triton import depth_mix
+from models.kernels.masked_gate.triton import masked_gate
 from models.kernels.normed_product.triton import normed_product
 from models.kernels.sinkhorn.triton import sinkhorn
 from models.kernels.stream_mix.triton import stream_mix
@@ -67,6 +69,10 @@ def launch_all() -> None:
     both_passes(stream_mix(draw(8, 4, 2048), draw(8, 4, 4), draw(8, 1, 2048), draw(8, 1, 4)))
     both_passes(normed_product(draw(32, 2048), draw(2048, 6), draw(2048), draw(2048), 1e-5))
     both_passes(normed_product(draw(8, 8192), draw(8192, 24), draw(8192), None, 1e-6))
+    total, probs, _, weight = masked_gate(draw(8, 12, **weights), draw(8, 12, **weights), 2, 11)
+    both_passes([total, probs, weight])
+    shares = (draw(8, 1, **weights), draw(8, 2, **weights), draw(2, 2048))
+    both_passes(combine(draw(16, 2048), draw(8, 2, **weights), None, draw(8, 2048), *shares))
     both_passes(sinkhorn(draw(8, 4, 4, **weights), 20))
 
 

@@ -284,8 +284,10 @@ def test_released_gating_on_scaled_logits() -> None:
     logits = module(x, {}, side).writes[LOGITS]
     torch.testing.assert_close(logits, module.router(x))
     routing = module.select(logits, side)
-    torch.testing.assert_close(routing.logits_BTE.std(-1), torch.full((1, 5), 0.5, dtype=torch.float64))
-    top = routing.logits_BTE.sort(-1, descending=True).values[..., :2]
+    assert torch.equal(routing.logits_BTE, logits), "what the next router adds to is not scaled"
+    scaled = routing.probs_BTE.log()
+    torch.testing.assert_close(scaled.std(-1), torch.full((1, 5), 0.5, dtype=torch.float64))
+    top = scaled.sort(-1, descending=True).values[..., :2]
     torch.testing.assert_close(routing.weights_BTK, top.exp() / top.exp().sum(-1, keepdim=True))
 
 
