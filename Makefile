@@ -32,7 +32,7 @@ install: $(STAMP) ## make the virtual environment and install weft in it
 $(STAMP): pyproject.toml $(CONSTRAINTS) $(wildcard $(PACKAGES:%=%/__init__.py))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' $(CONSTRAINTS))
-	$(BIN)/python -m pip install --editable '.[dev,engines]' --constraint $(CONSTRAINTS)
+	$(BIN)/python -m pip install --editable '.[dev,engines,triton]' --constraint $(CONSTRAINTS)
 	touch $@
 
 test: install ## run the tests, without the long sweeps

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from models.config import LMConfig
-from models.kernels.op import Choice, Op, Wanted, choices
+from models.kernels.op import Choice, Op, Wanted, asked, choices
 from models.lm import LM
 
 
@@ -13,6 +13,12 @@ def chosen(model: LMConfig, wanted: Wanted, device: torch.device, dtype: torch.d
     """By the name of each operation that the model has. Raises ValueError for what cannot be called, or is not one."""
     with torch.device("meta"):
         return choices(LM(model), wanted, device, dtype)
+
+
+def refuse(model: LMConfig, wanted: Wanted) -> None:
+    """Raise ValueError for an operation or an implementation that there is not. Where it runs is known later."""
+    with torch.device("meta"):
+        asked(LM(model), wanted)
 
 
 def choose(models: Iterable[LM], by_name: Mapping[str, Choice]) -> None:

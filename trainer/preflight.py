@@ -19,7 +19,7 @@ from parallel import pipeline
 from parallel.compiled import refuse_compile, refuse_schedule
 from parallel.mesh import MeshConfig
 from parallel.preflight import refuse, refuse_memory
-from trainer import checkpoint
+from trainer import checkpoint, kernels
 from trainer.checkpoint import FOLDER
 from trainer.config import RunConfig
 from trainer.data.check import open_data
@@ -70,6 +70,10 @@ def refuse_run(config: RunConfig) -> None:
         config.engine.refuse(config)
     except ValueError as error:
         raise at("engine", str(error)) from error
+    try:
+        kernels.refuse(config.model, config.kernels)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     refuse_optim(config.model, config.optim)
 
 

@@ -28,8 +28,8 @@ class Choice(NamedTuple):
 
 
 class Op(nn.Module):
-    """name: in configs. reference: in plain torch. others: the module of every other implementation, a function called
-    as the operation is. They are imported when they are chosen, since what they need may not be installed."""
+    """name: in configs. reference: in plain torch. others: every other implementation, as module:function. They are
+    imported when they are chosen, since what they need may not be installed."""
 
     name: ClassVar[str]
     reference: ClassVar[Callable[..., Any]]
@@ -39,8 +39,8 @@ class Op(nn.Module):
         super().__init__()
         self.call = type(self).reference
 
-    def forward(self, *args: Any) -> Any:
-        return self.call(*args)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -54,14 +54,12 @@ class Op(nn.Module):
         """Why it cannot be called there, None where it can."""
         return without_triton(device) if implementation == TRITON else None
 
-    def choice(self, wanted: str, device: torch.device, dtype: torch.dtype) -> Choice:
-        """Raises ValueError for one that there is not, or that cannot be called there."""
-        if wanted not in self.known:
-            raise ValueError(f"kernels.{self.name} is {wanted!r}; use one of {', '.join(self.known)}")
-        if wanted != AUTO:
-            if reason := self.refusal(wanted, device, dtype):
-                raise ValueError(f"kernels.{self.name} is {wanted}, and {reason}; use {AUTO} or {REFERENCE}")
-            return Choice(wanted)
+    def choice(self, asked: str, device: torch.device, dtype: torch.dtype) -> Choice:
+        """asked: one of `known`. Raises ValueError for one that cannot be called there."""
+        if asked != AUTO:
+            if reason := self.refusal(asked, device, dtype):
+                raise ValueError(f"kernels.{self.name} is {asked}, and {reason}; use {AUTO} or {REFERENCE}")
+            return Choice(asked)
         passed_over: list[tuple[str, str]] = []
         for implementation in self.order(device):
             reason = self.refusal(implementation, device, dtype)
@@ -74,7 +72,8 @@ class Op(nn.Module):
         """Call this one from now on."""
         self.call = type(self).reference
         if implementation != REFERENCE:
-            self.call = getattr(importlib.import_module(self.others[implementation]), self.name)
+            module, _, function = self.others[implementation].partition(":")
+            self.call = getattr(importlib.import_module(module), function)
 
 
 def without_triton(device: torch.device) -> str | None:
@@ -86,28 +85,40 @@ def without_triton(device: torch.device) -> str | None:
     return f"Triton's kernels need a GPU, or TRITON_INTERPRET=1 to try them slowly, where this is {device.type}"
 
 
-def choices(model: nn.Module, wanted: Wanted, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
-    """The choice for every operation that the model has, by name.
-
-    Raises ValueError for an operation that it does not have, and for an implementation that cannot be called.
-    """
-    by_name = {EVERY: wanted} if isinstance(wanted, str) else dict(wanted)
-    every = by_name.pop(EVERY, AUTO)
+def ops_of(model: nn.Module) -> dict[str, list[Op]]:
+    """The operations of a model, by name."""
     found: dict[str, list[Op]] = {}
     for module in model.modules():
         if isinstance(module, Op):
             found.setdefault(module.name, []).append(module)
-    if unknown := [name for name in by_name if name not in found]:
-        raise ValueError(
-            f"kernels.{unknown[0]} is given, and the model has no operation of this name; it has "
-            f"{', '.join(sorted(found)) or 'none that can be chosen'}"
-        )
-    return {name: common(ops, by_name.get(name), every, device, dtype) for name, ops in sorted(found.items())}
+    return dict(sorted(found.items()))
 
 
-def common(ops: list[Op], own: str | None, every: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    """The choice for all operations of a name. own: what is asked of it; every: of all operations."""
-    if own is None and every not in ops[0].known:
-        own = AUTO  # it does not have what others are asked to be
+def asked(model: nn.Module, wanted: Wanted) -> dict[str, str]:
+    """What is asked of each operation that the model has. Raises ValueError for what there is not."""
+    found = ops_of(model)
+    by_name = {EVERY: wanted} if isinstance(wanted, str) else dict(wanted)
+    every = by_name.pop(EVERY, AUTO)
+    for name, own in by_name.items():
+        if name not in found:
+            raise ValueError(
+                f"kernels.{name} is given, and the model has no operation of this name; it has "
+                f"{', '.join(found) or 'none that can be chosen'}"
+            )
+        if own not in (known := found[name][0].known):
+            raise ValueError(f"kernels.{name} is {own!r}; use one of {', '.join(known)}")
+    known = tuple(dict.fromkeys([AUTO, REFERENCE, *(name for ops in found.values() for name in ops[0].known)]))
+    if every not in known:
+        raise ValueError(f"kernels is {every!r}, which no operation of the model has; use one of {', '.join(known)}")
+    # An operation does not have all that others can be asked to be.
+    return {name: by_name.get(name, every if every in ops[0].known else AUTO) for name, ops in found.items()}
+
+
+def choices(model: nn.Module, wanted: Wanted, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
+    """The choice for every operation that the model has, by name. Raises ValueError as `asked` and `Op.choice` do."""
+    found = ops_of(model)
     # What one layer's cannot be, none is.
-    return max((op.choice(own or every, device, dtype) for op in ops), key=lambda choice: len(choice.passed_over))
+    return {
+        name: max((op.choice(own, device, dtype) for op in found[name]), key=lambda choice: len(choice.passed_over))
+        for name, own in asked(model, wanted).items()
+    }

@@ -15,4 +15,4 @@ class Combine(Op):
 
     name = "combine"
     reference: ClassVar[Callable[..., Any]] = staticmethod(combine)
-    others = MappingProxyType({"triton": "models.kernels.combine.triton"})
+    others = MappingProxyType({"triton": "models.kernels.combine.triton:combine"})

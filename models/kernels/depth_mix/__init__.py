@@ -14,4 +14,4 @@ class DepthMix(Op):
 
     name = "depth_mix"
     reference: ClassVar[Callable[..., Any]] = staticmethod(depth_mix)
-    others = MappingProxyType({"triton": "models.kernels.depth_mix.triton"})
+    others = MappingProxyType({"triton": "models.kernels.depth_mix.triton:depth_mix"})

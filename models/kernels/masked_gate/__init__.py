@@ -14,4 +14,4 @@ class MaskedGate(Op):
 
     name = "masked_gate"
     reference: ClassVar[Callable[..., Any]] = staticmethod(masked_gate)
-    others = MappingProxyType({"triton": "models.kernels.masked_gate.triton"})
+    others = MappingProxyType({"triton": "models.kernels.masked_gate.triton:masked_gate"})

@@ -13,4 +13,4 @@ class NormedProduct(Op):
 
     name = "normed_product"
     reference: ClassVar[Callable[..., Any]] = staticmethod(normed_product)
-    others = MappingProxyType({"triton": "models.kernels.normed_product.triton"})
+    others = MappingProxyType({"triton": "models.kernels.normed_product.triton:normed_product"})

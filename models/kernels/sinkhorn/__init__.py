@@ -13,4 +13,4 @@ class Sinkhorn(Op):
 
     name = "sinkhorn"
     reference: ClassVar[Callable[..., Any]] = staticmethod(sinkhorn)
-    others = MappingProxyType({"triton": "models.kernels.sinkhorn.triton"})
+    others = MappingProxyType({"triton": "models.kernels.sinkhorn.triton:sinkhorn"})

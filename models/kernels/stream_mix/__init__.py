@@ -14,4 +14,4 @@ class StreamMix(Op):
 
     name = "stream_mix"
     reference: ClassVar[Callable[..., Any]] = staticmethod(stream_mix)
-    others = MappingProxyType({"triton": "models.kernels.stream_mix.triton"})
+    others = MappingProxyType({"triton": "models.kernels.stream_mix.triton:stream_mix"})

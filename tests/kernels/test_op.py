@@ -1,0 +1,74 @@
+"""How a run chooses among implementations."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from models.kernels import op
+from models.kernels.depth_mix import DepthMix
+from tests.contract.tiny import build
+from trainer import kernels
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(params=[True, False], ids=["installed", "missing"])
+def there(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether Triton is installed."""
+    found = object() if request.param else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return request.param
+
+
+def test_auto_goes_by_the_device(there: bool) -> None:
+    chosen = kernels.chosen(build(residual="mudd"), "auto", CPU, torch.float32)
+    assert kernels.line(chosen) == "kernels: depth_mix reference"
+    chosen = kernels.chosen(build(residual="mudd"), "auto", GPU, torch.float32)
+    reason = " (triton: Triton is not installed (pip install 'weft[triton]'))"
+    assert kernels.line(chosen) == f"kernels: depth_mix {'triton' if there else 'reference' + reason}"
+
+
+def test_what_cannot_be_called_is_refused(there: bool) -> None:
+    sentence = "need a GPU, or TRITON_INTERPRET=1" if there else "is not installed"
+    with pytest.raises(
+        ValueError, match=f"kernels.depth_mix is triton, and Triton.*{sentence}.*; use auto or reference"
+    ):
+        kernels.chosen(build(residual="mudd"), {"depth_mix": "triton"}, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        ({"depth_mix": "cuda"}, "kernels.depth_mix is 'cuda'; use one of auto, triton, reference"),
+        (
+            {"depthmix": "triton"},
+            "kernels.depthmix is given, and the model has no operation of this name; it has depth_mix",
+        ),
+        ("cuda", "kernels is 'cuda', which no operation of the model has; use one of auto, reference, triton"),
+    ],
+)
+def test_what_is_not_there_is_refused(wanted: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        kernels.chosen(build(residual="mudd"), wanted, CPU, torch.float32)
+
+
+def test_one_word_for_all_and_one_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "without_triton", lambda device: None)
+    model = build(residual="hyper", ffn="moe_plus_plus")
+    wanted = {"default": "reference", "stream_mix": "triton"}
+    found = {name: choice.implementation for name, choice in kernels.chosen(model, wanted, GPU, torch.float32).items()}
+    others = ("combine", "masked_gate", "normed_product")
+    assert found == {**dict.fromkeys(others, "reference"), "stream_mix": "triton"}
+    assert kernels.line(kernels.chosen(build(), "auto", CPU, torch.float32)) is None
+
+
+def test_what_is_chosen_is_called() -> None:
+    pytest.importorskip("triton")
+    one, other = DepthMix(), DepthMix()
+    one.choose("triton")
+    assert one.call.__module__.endswith("triton") and other.call is DepthMix.reference
+    one.choose("reference")
+    assert one.call is DepthMix.reference
