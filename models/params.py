@@ -7,14 +7,16 @@ from the same bits. Shape suffixes: D model width, N tokens (any leading dims), 
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.buffers import reset_buffers
+from models.kernels.op import FLOAT8, REFERENCE, Op, without_float8
 from models.kernels.rms_norm import rms_norm
 from models.limits import check_size
 
@@ -180,8 +182,12 @@ def initialize(model: nn.Module, seed: int) -> None:
     reset_buffers(model)
 
 
-class Linear(nn.Module):
+class Linear(Op):
     """`y_NO = x_ND @ weight_OD.T (+ bias_O)` with declared axes; `axis` splits outputs, `in_axis` inputs."""
+
+    name = "linear"
+    reference: ClassVar[Callable[..., Any]] = staticmethod(F.linear)
+    others = MappingProxyType({FLOAT8: "models.kernels.float8:float8_linear"})
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -206,8 +212,20 @@ class Linear(nn.Module):
             del self.bias
             declare(self, "bias", (d_out,), bias_init or Constant(0.0), (axis,))
 
+    def order(self, device: torch.device) -> tuple[str, ...]:
+        """Not float8, whose numbers are others: it has to be asked for."""
+        return (REFERENCE,)
+
+    def refusal(self, implementation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        return without_float8(device, dtype) if implementation == FLOAT8 else None
+
+    def choose(self, implementation: str) -> None:
+        """A matrix is asked; what gates and routers are made of stays as it is."""
+        spec: ParamSpec = self.__dict__["param_specs"]["weight"]
+        super().choose(implementation if spec.role == "matrix" else REFERENCE)
+
     def forward(self, x_ND: Tensor) -> Tensor:
-        return F.linear(x_ND, self.weight, self.bias)
+        return self.call(x_ND, self.weight, self.bias)
 
 
 class NoOutput(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from models.cost import cost
 from parallel.engine import Batch
 from parallel.mesh import Mesh
+from trainer import kernels
 from trainer.config import RunConfig
 from trainer.peak import matmul_peak, peak_memory, synchronize
 
@@ -36,6 +37,7 @@ def bench(config: RunConfig, mesh: Mesh, steps: int, warmup: int) -> BenchResult
     peak = matmul_peak(mesh.device, getattr(torch, config.train.dtype))
     spent = cost(config.model, config.data.sequence_length)
     engine, optimizer = config.engine.build(config, mesh)
+    kernels.choose(config, engine.models, mesh.device)
     generator = torch.Generator().manual_seed(mesh.data_rank)
     rows = config.train.micro_batch * config.micro_batches
     shape = (rows, config.data.sequence_length + 1)

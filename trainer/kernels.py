@@ -1,12 +1,16 @@
 """Which implementation of its operations a run calls."""
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from models.config import LMConfig
 from models.kernels.op import Choice, Op, Wanted, asked, choices
 from models.lm import LM
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 
 def chosen(model: LMConfig, wanted: Wanted, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
@@ -21,12 +25,17 @@ def refuse(model: LMConfig, wanted: Wanted) -> None:
         asked(LM(model), wanted)
 
 
-def choose(models: Iterable[LM], by_name: Mapping[str, Choice]) -> None:
-    """Have all operations of these models, which may be stages of the whole one, be called so."""
+def choose(config: "RunConfig", models: Iterable[LM], device: str) -> dict[str, Choice]:
+    """Choose as the run asks, and have all operations of these models, which may be stages of its own, called so.
+
+    Raises ValueError for what cannot be called there.
+    """
+    by_name = chosen(config.model, config.kernels, torch.device(device), getattr(torch, config.train.dtype))
     for model in models:
         for module in model.modules():
             if isinstance(module, Op):
                 module.choose(by_name[module.name].implementation)
+    return by_name
 
 
 def line(by_name: Mapping[str, Choice]) -> str | None:

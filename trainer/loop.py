@@ -77,8 +77,7 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
 
     where.at("start-up, building the model")
     engine, optimizer = config.engine.build(config, mesh)
-    ops = kernels.chosen(config.model, config.kernels, torch.device(mesh.device), getattr(torch, config.train.dtype))
-    kernels.choose(engine.models, ops)
+    chosen = kernels.choose(config, engine.models, mesh.device)
     if launch.fresh:
         on_main(mesh.is_main, lambda: retire(folder))
 
@@ -104,7 +103,7 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
         profiled(config.train.profile, folder, mesh) as profile_step,
     ):
         log.say(opening(config, mesh, state, last, origin) if state.step < last else nothing_to_do(config, state, last))
-        placement = (kernels.line(ops), exchanging(config.model, mesh.config), pipeline(config))
+        placement = (kernels.line(chosen), exchanging(config.model, mesh.config), pipeline(config))
         notes = (*placement, *data.plan(config.train.steps * size))
         for line in filter(None, notes if state.step < last else ()):
             log.say(line)

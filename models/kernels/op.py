@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-AUTO, REFERENCE, TRITON = "auto", "reference", "triton"
+AUTO, REFERENCE, TRITON, FLOAT8 = "auto", "reference", "triton", "float8"
+FIRST_WITH_FLOAT8 = (8, 9)  # compute capability
 EVERY = "default"  # in a config: of all operations that it does not name
 
 Wanted = str | Mapping[str, str]  # of all operations, or by the name of each
@@ -83,6 +84,18 @@ def without_triton(device: torch.device) -> str | None:
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"Triton's kernels need a GPU, or TRITON_INTERPRET=1 to try them slowly, where this is {device.type}"
+
+
+def without_float8(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why there are no products of float8 there, for a computation in `dtype`."""
+    if device.type != "cuda":
+        return f"its products need a GPU of compute capability 8.9 or later, where this is {device.type}"
+    if (capability := torch.cuda.get_device_capability(device)) < FIRST_WITH_FLOAT8:
+        found = ".".join(map(str, capability))
+        return f"its products need a GPU of compute capability 8.9 or later, where this has {found}"
+    if dtype != torch.bfloat16:
+        return f"its products are of bfloat16, and this computes in {str(dtype).removeprefix('torch.')}"
+    return None
 
 
 def ops_of(model: nn.Module) -> dict[str, list[Op]]:

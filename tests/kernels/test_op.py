@@ -25,10 +25,10 @@ def there(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 def test_auto_goes_by_the_device(there: bool) -> None:
     chosen = kernels.chosen(build(residual="mudd"), "auto", CPU, torch.float32)
-    assert kernels.line(chosen) == "kernels: depth_mix reference"
+    assert kernels.line(chosen) == "kernels: depth_mix reference, linear reference"
     chosen = kernels.chosen(build(residual="mudd"), "auto", GPU, torch.float32)
     reason = " (triton: Triton is not installed (pip install 'weft[triton]'))"
-    assert kernels.line(chosen) == f"kernels: depth_mix {'triton' if there else 'reference' + reason}"
+    assert kernels.line(chosen) == f"kernels: depth_mix {'triton' if there else 'reference' + reason}, linear reference"
 
 
 def test_what_cannot_be_called_is_refused(there: bool) -> None:
@@ -45,9 +45,9 @@ def test_what_cannot_be_called_is_refused(there: bool) -> None:
         ({"depth_mix": "cuda"}, "kernels.depth_mix is 'cuda'; use one of auto, triton, reference"),
         (
             {"depthmix": "triton"},
-            "kernels.depthmix is given, and the model has no operation of this name; it has depth_mix",
+            "kernels.depthmix is given, and the model has no operation of this name; it has depth_mix, linear",
         ),
-        ("cuda", "kernels is 'cuda', which no operation of the model has; use one of auto, reference, triton"),
+        ("cuda", "kernels is 'cuda', which no operation of the model has; use one of auto, reference, triton, float8"),
     ],
 )
 def test_what_is_not_there_is_refused(wanted: Any, sentence: str) -> None:
@@ -60,9 +60,9 @@ def test_one_word_for_all_and_one_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     model = build(residual="hyper", ffn="moe_plus_plus")
     wanted = {"default": "reference", "stream_mix": "triton"}
     found = {name: choice.implementation for name, choice in kernels.chosen(model, wanted, GPU, torch.float32).items()}
-    others = ("combine", "masked_gate", "normed_product")
+    others = ("combine", "linear", "masked_gate", "normed_product")
     assert found == {**dict.fromkeys(others, "reference"), "stream_mix": "triton"}
-    assert kernels.line(kernels.chosen(build(), "auto", CPU, torch.float32)) is None
+    assert kernels.line(kernels.chosen(build(), "auto", CPU, torch.float32)) == "kernels: linear reference"
 
 
 def test_what_is_chosen_is_called() -> None:
@@ -72,3 +72,16 @@ def test_what_is_chosen_is_called() -> None:
     assert one.call.__module__.endswith("triton") and other.call is DepthMix.reference
     one.choose("reference")
     assert one.call is DepthMix.reference
+
+
+def test_float8_is_never_taken_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for wanted, found in (("auto", "reference"), ("float8", "float8")):
+        assert kernels.chosen(build(), wanted, GPU, torch.bfloat16)["linear"].implementation == found
+    with pytest.raises(
+        ValueError, match=r"kernels.linear is float8, and its products are of bfloat16.*float32; use auto"
+    ):
+        kernels.chosen(build(), {"linear": "float8"}, GPU, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=r"8\.9 or later, where this has 8\.0; use auto"):
+        kernels.chosen(build(), {"linear": "float8"}, GPU, torch.bfloat16)
