@@ -15,7 +15,11 @@ def stream_mix(
     moves: m is what is moved between streams, which keep the rest: m + I stands in its place. So bfloat16 keeps rows
     that sum to 1.
     """
-    mixed_QD = torch.einsum("...rq,...rd->...qd", m_RQ, streams_RD)
+    if m_RQ.shape[-1] == 1 or torch.compiler.is_compiling():
+        # What a compiler makes one loop of; and one row is a narrow product, which is slower than this (measured).
+        mixed_QD = (m_RQ[..., None] * streams_RD[..., None, :]).sum(-3)
+    else:
+        mixed_QD = torch.einsum("...rq,...rd->...qd", m_RQ, streams_RD)
     if moves:
         mixed_QD = streams_RD + mixed_QD
     if out_PD is None or b_PQ is None:
