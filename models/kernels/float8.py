@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import ScalingType
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # of every width of a product
@@ -25,7 +26,8 @@ def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def product(a_NI: tuple[Tensor, Tensor], b_OI: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """a b^T, [N, O]: both lie row by row, as the product takes them."""
     (a, a_scale), (b, b_scale) = a_NI, b_OI
-    return torch._scaled_mm(a.contiguous(), b.contiguous().t(), scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
+    each = ScalingType.TensorWise
+    return F.scaled_mm(a.contiguous(), b.contiguous().t(), a_scale, each, b_scale, each, output_dtype=dtype)
 
 
 class _Float8Linear(torch.autograd.Function):

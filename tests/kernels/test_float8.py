@@ -39,7 +39,7 @@ def test_outputs_and_gradients_are_off_by_rounding_alone(tokens: tuple[int, ...]
     x, weight, grad = draw(*tokens, 32).requires_grad_(), draw(48, 32).requires_grad_(), draw(*tokens, 48)
     extra = draw(48).requires_grad_() if bias else None
     out = float8_linear(x, weight, extra)
-    found = torch.autograd.grad(out, [x, weight, *([extra] if bias else [])], grad)
+    found = torch.autograd.grad(out, [x, weight] if extra is None else [x, weight, extra], grad)
     wide = [y.detach().double().flatten(0, -2) for y in (x, weight, grad)]
     bounds = [error(y, dtype) for y, dtype in zip(wide, (FORWARD, FORWARD, BACKWARD), strict=True)]
     products = {"out": (0, 1, "ni,oi->no"), "x": (2, 1, "no,oi->ni"), "weight": (2, 0, "no,ni->oi")}
