@@ -66,7 +66,7 @@ ATTENTION = "num_heads, num_kv_heads, head_dim, rope, rope_theta, rope_fraction,
         (
             "modle={}",
             "modle: unknown key; did you mean model? the config takes model, run, data, train, optim, schedule, mesh, "
-            "memory, engine",
+            "memory, engine, kernels",
         ),
         (
             "mesh.zzz=2",
