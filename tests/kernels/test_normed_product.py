@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from tests.kernels.interpreted import compare, draw
+from tests.kernels.interpreted import compare, draw, implementation
 
 EPS = 1e-5
 
@@ -24,6 +25,13 @@ def test_equals_the_reference(rows: tuple[int, ...], width: int, columns: int) -
     operands = (draw(*rows, width), draw(width, columns), draw(width))
     compare("normed_product", rms, *operands)
     compare("normed_product", layer, *operands, draw(1, width)[0])
+
+
+def test_rows_that_are_all_but_constant() -> None:
+    """Their variance rounds to less than nothing, and is not to become NaN."""
+    x = torch.full((4, 300), 1000.1) + 1e-4 * draw(4, 300).detach().float()
+    out = implementation("normed_product", "triton")(x, torch.ones(300, 2), torch.ones(300), torch.zeros(300), EPS)
+    assert out.isfinite().all()
 
 
 def test_a_row_that_is_not_in_order() -> None:

@@ -62,7 +62,7 @@ def test_a_check_looks_at_the_model_alone(
     said = refused(capsys, "check", str(file), "modle.d_model=32", "--mesh", "tp=2")
     assert said == (
         "modle: unknown key; did you mean model? the config takes model, run, data, train, optim, schedule, mesh, "
-        "memory, engine"
+        "memory, engine, kernels"
     )
     said = refused(capsys, "check", str(file), "model.d_modle=32", "--mesh", "tp=2")
     assert said.startswith("model.d_modle: unknown key; did you mean d_model? ")

@@ -39,7 +39,8 @@ def product_kernel(
         total += tl.sum(tile, axis=1)
         square += tl.sum(tile * tile, axis=1)
     mean = total / width if CENTRED else tl.zeros([ROWS], WIDE)
-    scale = 1.0 / tl.sqrt(square / width - mean * mean + eps)
+    # The difference of two sums may round to less than nothing.
+    scale = 1.0 / tl.sqrt(tl.maximum(square / width - mean * mean, 0.0) + eps)
     each = tl.load(sums + column, mask=column < columns, other=0.0).to(WIDE)
     product = (product - mean[:, None] * each[None, :]) * scale[:, None]
     inside = (row < rows)[:, None] & (column < columns)[None, :]

@@ -1,0 +1,41 @@
+"""Triton's kernels as parts of layers that torch.compile compiles."""
+
+import pytest
+import torch
+
+from models.kernels.op import Op
+from models.lm import LM
+from models.params import initialize
+from parallel.compiled import compile_layers
+from tests.contract.tiny import build
+from tests.kernels.interpreted import poisoned
+
+MODELS = {
+    "depth_mix": {"residual": "mudd"},
+    "stream_mix": {"residual": "mhc"},
+    "combine": {"ffn": "moe_plus_plus"},
+}
+
+
+@pytest.mark.parametrize("op", MODELS)
+def test_a_compiled_model_equals_plain_torch(op: str) -> None:
+    """Loss and every gradient, of all kernels that a model of the kind has."""
+    model = LM(build(num_layers=2, **MODELS[op])).double()
+    initialize(model, 0)
+    tokens = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> list[torch.Tensor]:
+        out = model(tokens[:, :-1], tokens[:, 1:])
+        loss = out.loss + sum(out.losses.values())
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
+
+    expected = gradients()
+    ops = [module for module in model.modules() if isinstance(module, Op) and "triton" in module.others]
+    assert op in {one.name for one in ops}
+    for one in ops:
+        one.choose("triton")
+    compile_layers(model)
+    with poisoned():
+        found = gradients()
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
