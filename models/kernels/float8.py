@@ -19,8 +19,8 @@ MULTIPLE = 16  # of every width of a product
 def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(x / scale in float8, scale): float32, shape []. The largest element becomes the largest that there is."""
     most = torch.finfo(dtype).max
-    scale = x.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny * most) / most
-    return (x.float() / scale).clamp(-most, most).to(dtype), scale
+    scale = x.abs().amax().to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny * most) / most
+    return (x.to(torch.float32) / scale).clamp(-most, most).to(dtype), scale
 
 
 def product(a_NI: tuple[Tensor, Tensor], b_OI: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
