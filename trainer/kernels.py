@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from models.config import LMConfig
-from models.kernels.op import Choice, Op, Wanted, asked, choices
+from models.kernels.op import Choice, Wanted, asked, choices, ops_of
 from models.lm import LM
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def choose(config: "RunConfig", models: Iterable[LM], device: str) -> dict[str, 
     """
     by_name = chosen(config.model, config.kernels, torch.device(device), getattr(torch, config.train.dtype))
     for model in models:
-        for module in model.modules():
-            if isinstance(module, Op):
-                module.choose(by_name[module.name].implementation)
+        for name, ops in ops_of(model).items():
+            for op in ops:
+                op.choose(by_name[name].implementation)
     return by_name
 
 

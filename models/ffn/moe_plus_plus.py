@@ -20,8 +20,8 @@ from models.ffn.groups import StatsGroup
 from models.ffn.routed import RoutedFFN
 from models.ffn.routing import LinearRouter, Routing
 from models.kernels.combine import Combine
-from models.kernels.combine.reference import Picks
 from models.kernels.masked_gate import MaskedGate
+from models.kernels.picks import Picks
 from models.limits import above_zero, at_least
 from models.params import Normal, declare, upcast
 from models.pieces import WHOLE, Part
@@ -179,10 +179,11 @@ class MoEPlusPlus(RoutedFFN):
             room_NK = fits_BTK.flatten(0, 1)
             of_ffn_NK, weights_NK = of_ffn_NK & room_NK, weights_NK * room_NK
         u_ND = self.expert_input(x_BTD.flatten(0, 1))
-        y_PD = self.picked(u_ND, index_NK, Picks.of(of_ffn_NK), part)
+        picks = Picks.of(of_ffn_NK)
+        y_PD = self.picked(u_ND, index_NK, picks, part)
         own_N1, take_NC, value_CD = self.free(u_ND, index_NK, weights_NK)
         free = (own_N1 / part.count, take_NC / part.count, value_CD)
-        out_ND = self.combine(y_PD, weights_NK, None if of_ffn_NK.is_meta else of_ffn_NK, u_ND, *free)
+        out_ND = self.combine(y_PD, weights_NK, picks, u_ND, *free)
         losses: dict[str, Tensor] = {}
         if config.aux_coef:
             terms_E = self.balance.terms(routing.probs_BTE, routing.index_BTK, valid_BT)

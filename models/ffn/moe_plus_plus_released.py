@@ -44,7 +44,7 @@ class MoEPlusPlusReleasedConfig(MoEPlusPlusConfig, kind="moe_plus_plus_released"
     def build(self, ctx: LayerContext) -> FFN:
         router = {"two_layer": TwoLayerRouter, "linear": LinearRouter}[self.router](ctx.d_model, self.num_total)
         first_zero = self.num_total - self.num_zero
-        gating = {"masked": MaskedTopK, "selected": SelectedTopK}[self.gating](self.top_k, first_zero)
+        gating = MaskedTopK(self.top_k, first_zero) if self.gating == "masked" else SelectedTopK(self.top_k)
         select = gating if self.logits_std is None else ScaledLogits(gating, self.logits_std)
         return MoEPlusPlusReleased(self, ctx, router, select)
 
@@ -61,8 +61,12 @@ class TwoLayerRouter(nn.Module):
         return self.outer(self.inner(x_ND).tanh())
 
 
-class SelectedTopK(MaskedTopK):
+class SelectedTopK(nn.Module):
     """Mixtral's gating: weights are a softmax over the picked logits."""
+
+    def __init__(self, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
 
     def forward(self, logits_BTE: Tensor, side: Side, residual_BTE: Tensor | None = None) -> Routing:
         if residual_BTE is not None:
@@ -75,7 +79,7 @@ class ScaledLogits(nn.Module):
     """`gating` on logits divided by their standard deviation over experts (unbiased), times `std`. The next router adds
     to them as they were."""
 
-    def __init__(self, gating: MaskedTopK, std: float) -> None:
+    def __init__(self, gating: nn.Module, std: float) -> None:
         super().__init__()
         self.gating, self.std = gating, std
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from models.ffn.dispatch import LocalDispatch, Rowwise
 from models.ffn.experts import ExpertParts, Experts
-from models.kernels.combine.reference import Picks, weighted_picks
+from models.kernels.combine.reference import weighted_picks
+from models.kernels.picks import Picks
 from models.pieces import WHOLE, Part
 from models.slots import FFN
 

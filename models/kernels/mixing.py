@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.kernels.wide import wide
+
 ALIGNMENT = 16  # bytes that a thread loads at once
 HELD = 4096  # elements of all sums that a program holds
 
@@ -87,12 +89,12 @@ def mix_backward(w_NCJ: Tensor, rows: list[Tensor], grads: list[Tensor], gradien
 def by_block(w_NCJ: Tensor, like_ND: Tensor) -> Tensor:
     (tokens, width), (ways, rows) = like_ND.shape, w_NCJ.shape[-2:]
     blocks = triton.cdiv(width, block_of(ways, width))
-    return w_NCJ.new_empty(tokens, blocks, ways, rows, dtype=wide(w_NCJ.dtype, like_ND.dtype))
+    return w_NCJ.new_empty(tokens, blocks, ways, rows, dtype=weight_type(w_NCJ, like_ND))
 
 
-def wide(*dtypes: torch.dtype) -> torch.dtype:
-    """The type of sums over operands of these types: float32 at least."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+def weight_type(w: Tensor, like: Tensor) -> torch.dtype:
+    """Of the weights' gradient."""
+    return torch.promote_types(torch.promote_types(w.dtype, like.dtype), torch.float32)
 
 
 def block_of(ways: int, width: int) -> int:
@@ -122,7 +124,7 @@ def launch(kernel: Any, w_NCJ: Tensor, operands: list[list[Tensor]], *made: Tens
         PADDED=triton.next_power_of_2(ways),
         BLOCK=size,
         UNIT=unit,
-        WIDE=tl.float64 if wide(w_NCJ.dtype, like.dtype) == torch.float64 else tl.float32,
+        WIDE=wide(w_NCJ.dtype, like.dtype),
     )
 
 

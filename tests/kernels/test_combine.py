@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.kernels.picks import Picks
 from tests.kernels.interpreted import compare, draw
 
 
@@ -21,7 +22,7 @@ def test_equals_the_reference(tokens: int, picks: int, constants: int, width: in
     rows = int(keep_NK.sum())
 
     def combined(call: Callable[..., Any], y: Tensor, weights: Tensor, *others: Tensor) -> Tensor:
-        return call(y, weights, None if kept is None else keep_NK, *others)
+        return call(y, weights, Picks.of(None if kept is None else keep_NK), *others)
 
     operands = ((rows, width), (tokens, picks), (tokens, width), (tokens, 1), (tokens, constants), (constants, width))
     compare("combine", combined, *(draw(*shape) for shape in operands))

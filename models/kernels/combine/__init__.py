@@ -10,7 +10,7 @@ from models.kernels.op import Op
 
 
 class Combine(Op):
-    """(y [P, D], weights [N, K], keep [N, K] or None, x [N, D], own [N, 1], take [N, C], value [C, D]) -> [N, D]; see
+    """(y [P, D], weights [N, K], picks or None, x [N, D], own [N, 1], take [N, C], value [C, D]) -> [N, D]; see
     `reference`."""
 
     name = "combine"

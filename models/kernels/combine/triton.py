@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels.opaque import shaped_by
+from models.kernels.picks import Picks
+from models.kernels.wide import wide
 
 HELD = 1024  # channels that a program holds
 
@@ -69,33 +71,16 @@ def combine_backward_kernel(
     tl.store(down + token, tl.sum(of_own, axis=0))
 
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def out_shape(
-    y_PD: Tensor,
-    places_NK: Tensor,
-    weights_NK: Tensor,
-    x_ND: Tensor,
-    own_N1: Tensor,
-    take_NC: Tensor,
-    value_CD: Tensor,
-) -> Tensor:
-    return torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+def out_shape(operands: list[Tensor]) -> Tensor:
+    return torch.empty_like(operands[3], memory_format=torch.contiguous_format)
 
 
 @shaped_by(out_shape)
-def forward(
-    y_PD: Tensor,
-    places_NK: Tensor,
-    weights_NK: Tensor,
-    x_ND: Tensor,
-    own_N1: Tensor,
-    take_NC: Tensor,
-    value_CD: Tensor,
-) -> Tensor:
-    operands = [x.contiguous() for x in (y_PD, places_NK, weights_NK, x_ND, own_N1, take_NC, value_CD)]
-    out_ND = out_shape(*operands)
+def forward(operands: list[Tensor]) -> Tensor:
+    """operands: y [P, D], places [N, K], weights [N, K], x [N, D], own [N, 1], take [N, C], value [C, D]."""
+    operands = [operand.contiguous() for operand in operands]
+    _, _, weights_NK, x_ND, _, take_NC, _ = operands
+    out_ND = out_shape(operands)
     (tokens, width), size = x_ND.shape, block_of(x_ND)
     if tokens:
         combine_kernel[(tokens, triton.cdiv(width, size))](
@@ -105,53 +90,35 @@ def forward(
             TOP=weights_NK.shape[1],
             CONSTANTS=take_NC.shape[1],
             BLOCK=size,
-            WIDE=wide(x_ND),
+            WIDE=wide(x_ND.dtype),
         )
     return out_ND
 
 
-def gradient_shapes(
-    y_PD: Tensor,
-    places_NK: Tensor,
-    weights_NK: Tensor,
-    x_ND: Tensor,
-    own_N1: Tensor,
-    take_NC: Tensor,
-    value_CD: Tensor,
-    grad_ND: Tensor,
-) -> list[Tensor]:
+def gradient_shapes(operands: list[Tensor], grad_ND: Tensor) -> list[Tensor]:
+    y_PD, _, weights_NK, x_ND, own_N1, take_NC, _ = operands
     likes = (y_PD, weights_NK, x_ND, own_N1, take_NC)
     return [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
 
 
 @shaped_by(gradient_shapes)
-def backward(
-    y_PD: Tensor,
-    places_NK: Tensor,
-    weights_NK: Tensor,
-    x_ND: Tensor,
-    own_N1: Tensor,
-    take_NC: Tensor,
-    value_CD: Tensor,
-    grad_ND: Tensor,
-) -> list[Tensor]:
+def backward(operands: list[Tensor], grad_ND: Tensor) -> list[Tensor]:
     """Of y, weights, x, own and take."""
-    y_PD, places_NK, weights_NK, x_ND, own_N1, take_NC, value_CD, grad_ND = (
-        x.contiguous() for x in (y_PD, places_NK, weights_NK, x_ND, own_N1, take_NC, value_CD, grad_ND)
-    )
-    made = gradient_shapes(y_PD, places_NK, weights_NK, x_ND, own_N1, take_NC, value_CD, grad_ND)
-    (tokens, width), top, constants = x_ND.shape, weights_NK.shape[1], take_NC.shape[1]
-    if tokens:
-        combine_backward_kernel[(tokens,)](
-            *(y_PD, places_NK, weights_NK, x_ND, own_N1, value_CD, grad_ND),
+    operands = [operand.contiguous() for operand in operands]
+    y_PD, places_NK, weights_NK, x_ND, own_N1, take_NC, value_CD = operands
+    made = gradient_shapes(operands, grad_ND)
+    top, constants = weights_NK.shape[1], take_NC.shape[1]
+    if len(x_ND):
+        combine_backward_kernel[(len(x_ND),)](
+            *(y_PD, places_NK, weights_NK, x_ND, own_N1, value_CD, grad_ND.contiguous()),
             *made,
-            width,
+            x_ND.shape[1],
             TOP=top,
             CONSTANTS=constants,
             PICKS=triton.next_power_of_2(top),
             PADDED=triton.next_power_of_2(max(1, constants)),
             BLOCK=block_of(x_ND),
-            WIDE=wide(x_ND),
+            WIDE=wide(x_ND.dtype),
         )
     return made
 
@@ -160,20 +127,16 @@ def block_of(x_ND: Tensor) -> int:
     return min(triton.next_power_of_2(x_ND.shape[1]), HELD)
 
 
-def wide(x_ND: Tensor) -> tl.dtype:
-    return tl.float64 if x_ND.dtype == torch.float64 else tl.float32
-
-
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Tensor) -> Tensor:
         ctx.save_for_backward(*operands)
-        return forward(*operands)
+        return forward(list(operands))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dy_PD, dweights_NK, dx_ND, down_N1, dtake_NC = backward(*ctx.saved_tensors, grads[0])
+        dy_PD, dweights_NK, dx_ND, down_N1, dtake_NC = backward(list(ctx.saved_tensors), grads[0])
         *_, take_NC, value_CD = ctx.saved_tensors
         dvalue_CD = take_NC.mT @ grads[0].to(take_NC.dtype)
         return dy_PD, None, dweights_NK, dx_ND, down_N1, dtake_NC, dvalue_CD.to(value_CD.dtype)
@@ -182,15 +145,17 @@ class _Combine(torch.autograd.Function):
 def combine(
     y_PD: Tensor,
     weights_NK: Tensor,
-    keep_NK: Tensor | None,
+    picks: Picks | None,
     x_ND: Tensor,
     own_N1: Tensor,
     take_NC: Tensor,
     value_CD: Tensor,
 ) -> Tensor:
     """See `models.kernels.combine.reference`."""
-    if keep_NK is None or keep_NK.is_meta:
-        places_NK = torch.arange(weights_NK.numel(), device=y_PD.device).view(weights_NK.shape)
+    order_P = torch.arange(len(y_PD), device=y_PD.device)
+    if picks is None:
+        places_NK = order_P.view(weights_NK.shape)
     else:
-        places_NK = (keep_NK.flatten().cumsum(0) - 1).view(keep_NK.shape).where(keep_NK, -1)
+        places_NK = torch.full_like(weights_NK, -1, dtype=torch.int64)
+        places_NK[picks.token_P, picks.pick_P] = order_P
     return _Combine.apply(y_PD, places_NK, weights_NK, x_ND, own_N1, take_NC, value_CD)  # type: ignore[return-value]

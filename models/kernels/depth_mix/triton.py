@@ -25,7 +25,7 @@ def mix(w_NCJ: Tensor, sources: list[Tensor]) -> list[Tensor]:
 
 
 def gradient_shapes(w_NCJ: Tensor, sources: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    dw_NCJ = w_NCJ.new_empty(w_NCJ.shape, dtype=mixing.wide(w_NCJ.dtype, sources[0].dtype))
+    dw_NCJ = w_NCJ.new_empty(w_NCJ.shape, dtype=mixing.weight_type(w_NCJ, sources[0]))
     return [dw_NCJ, *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in sources)]
 
 

@@ -3,9 +3,10 @@
 Shape suffixes: `...` rows, D width, K columns.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.params import upcast
 
 
 def normed_product(x_D: Tensor, columns_DK: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
@@ -14,5 +15,4 @@ def normed_product(x_D: Tensor, columns_DK: Tensor, weight_D: Tensor, bias_D: Te
         normed_D = F.rms_norm(x_D, x_D.shape[-1:], weight_D, eps)
     else:
         normed_D = F.layer_norm(x_D, x_D.shape[-1:], weight_D, bias_D, eps)
-    out_K = normed_D @ columns_DK
-    return out_K.to(torch.promote_types(out_K.dtype, torch.float32))
+    return upcast(normed_D @ columns_DK)

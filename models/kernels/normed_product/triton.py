@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels.opaque import shaped_by
+from models.kernels.wide import wide
 
 ROWS, DEPTH = 16, 128  # of a program, and of each of its products
 NARROWEST = 16  # what a product of tiles takes
@@ -120,7 +121,7 @@ def launch(kernel: Any, centred: bool, x_MD: Tensor, w_DK: Tensor, *others: Tens
         ROWS=ROWS,
         DEPTH=DEPTH,
         CENTRED=centred,
-        WIDE=tl.float64 if w_DK.dtype == torch.float64 else tl.float32,
+        WIDE=wide(w_DK.dtype),
         PRECISION=precision,
     )
 
@@ -146,9 +147,9 @@ class _NormedProduct(torch.autograd.Function):
 
 def normed_product(x_D: Tensor, columns_DK: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
     """See `models.kernels.normed_product.reference`."""
-    wide = torch.promote_types(x_D.dtype, torch.float32)
-    columns_DK = columns_DK.to(wide)
-    w_DK = weight_D.to(wide)[:, None] * columns_DK
+    dtype = torch.promote_types(x_D.dtype, torch.float32)
+    columns_DK = columns_DK.to(dtype)
+    w_DK = weight_D.to(dtype)[:, None] * columns_DK
     out_MK: Tensor = _NormedProduct.apply(x_D.flatten(0, -2), w_DK, eps, bias_D is not None)  # type: ignore[assignment]
     out_K = out_MK.view(*x_D.shape[:-1], w_DK.shape[1])
-    return out_K if bias_D is None else out_K + bias_D.to(wide) @ columns_DK
+    return out_K if bias_D is None else out_K + bias_D.to(dtype) @ columns_DK

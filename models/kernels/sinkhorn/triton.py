@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels.opaque import shaped_by
+from models.kernels.wide import wide
 
 HELD = 1024  # elements of all matrices that a program holds
 
@@ -111,7 +112,7 @@ def launch(kernel: Any, iterations: int, logits_MNN: Tensor, *others: Tensor) ->
             iterations,
             PER=per,
             PADDED=padded,
-            WIDE=tl.float64 if logits_MNN.dtype == torch.float64 else tl.float32,
+            WIDE=wide(logits_MNN.dtype),
         )
 
 

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from models.kernels import mixing
 from models.kernels.opaque import shaped_by
+from models.params import upcast
 
 
 def made_shape(w_NQJ: Tensor, groups: list[Tensor]) -> Tensor:
@@ -27,7 +28,7 @@ def mix(w_NQJ: Tensor, groups: list[Tensor]) -> Tensor:
 
 
 def gradient_shapes(w_NQJ: Tensor, groups: list[Tensor], grad_NQD: Tensor) -> list[Tensor]:
-    dw_NQJ = w_NQJ.new_empty(w_NQJ.shape, dtype=mixing.wide(w_NQJ.dtype, grad_NQD.dtype))
+    dw_NQJ = w_NQJ.new_empty(w_NQJ.shape, dtype=mixing.weight_type(w_NQJ, grad_NQD))
     return [dw_NQJ, *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in groups)]
 
 
@@ -61,7 +62,7 @@ def stream_mix(
     streams_RD: Tensor, m_RQ: Tensor, out_PD: Tensor | None = None, b_PQ: Tensor | None = None, moves: bool = False
 ) -> Tensor:
     """See `models.kernels.stream_mix.reference`. The weights' sums are in float32."""
-    w_RQ = m_RQ.to(torch.promote_types(m_RQ.dtype, torch.float32))
+    w_RQ = upcast(m_RQ)
     if moves:
         w_RQ = w_RQ + torch.eye(w_RQ.shape[-2], dtype=w_RQ.dtype, device=w_RQ.device)
     groups = [streams_RD.flatten(0, -3)]
