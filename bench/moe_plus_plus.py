@@ -46,7 +46,7 @@ def build(config: FFNConfig) -> FFN:
     return module.bfloat16()
 
 
-def aim(module: MoEPlusPlus, x_BTD: Tensor, state: State) -> float:
+def aim(module: MoEPlusPlus, x_BTD: Tensor, state: State, side: Side) -> float:
     """Move the weights of the constant channel until the share of FFN picks is as wanted; returns that share."""
     config = module.config
     ffn, free = config.tau * config.num_experts, config.num_total - config.num_experts
@@ -55,10 +55,9 @@ def aim(module: MoEPlusPlus, x_BTD: Tensor, state: State) -> float:
     for _ in range(40):
         middle = (low + high) / 2
         weight[: config.num_experts, 0], weight[config.num_experts :, 0] = middle, 0.0
-        logits_BTE = module.router(x_BTD)
-        if module.router_residual is not None:
-            logits_BTE = logits_BTE + module.router_residual(state[LOGITS])
-        share = float((module.select(logits_BTE).index_BTK < config.num_experts).double().mean())
+        residual_BTE = None if module.router_residual is None else module.router_residual(state[LOGITS])
+        index_BTK = module.select(module.router(x_BTD), side, residual_BTE).index_BTK
+        share = float((index_BTK < config.num_experts).double().mean())
         low, high = (middle, high) if share < wanted else (low, middle)
     if abs(share - wanted) > CLOSE:
         raise RuntimeError(f"tau {config.tau} wants {wanted:.1%} of picks at FFN experts, and {share:.1%} are there")
@@ -107,7 +106,7 @@ def main() -> int:
     for tau in TAUS:
         layer = build(MoEPlusPlusConfig(args.experts, HIDDEN, num_constant=constants, tau=tau))
         assert isinstance(layer, MoEPlusPlus)
-        shares.append(aim(layer, x_BTD, state))
+        shares.append(aim(layer, x_BTD, state, side))
         layers.append(layer)
     found: list[list[tuple[float, float]]] = [[] for _ in TAUS]
     for index in track(range(args.rounds + 1), "rounds", console=Console(stderr=True), disable=not sys.stderr.isatty()):
