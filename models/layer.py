@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T sequence, D model width.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from models.keeper import Keeper
 from models.open_tokens import worthwhile
 from models.plugin import promises
 from models.slots import FFN, Cache, Mixer
-from models.state import Entry, Result, Side, State
-from models.sublayer import Sublayer
+from models.state import Entry, Found, Result, Side, State
+from models.sublayer import AnySublayer, Passed, Sublayer
 
 
 def joined(layer: "Layer", *parts: tuple[bool, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -118,8 +119,7 @@ class Layer(nn.Module):
     def run(self, state: State, side: Side, local: Side, cache: Cache | None = None) -> tuple[State, Extras]:
         """`forward`, with all of autograd's memory and all entries."""
         state, gates = self.gated(state, local)
-        state, mixed = self.run_branch("mixer", state, side, local, gates, cache)
-        state, channel = self.run_branch("ffn", state, side, local, gates)
+        state, (mixed, channel) = self.run_branches(("mixer", "ffn"), state, side, local, gates, cache)
         losses = joined(
             self,
             (self.depth.has_losses, gates.losses),
@@ -140,15 +140,37 @@ class Layer(nn.Module):
             state = self.mixer.connection.add(state, gates.added_BTD)
         return state, gates
 
+    def run_branches(
+        self, roles: tuple[str, ...], state: State, side: Side, local: Side, gates: Gated, cache: Cache | None = None
+    ) -> tuple[State, list[Result]]:
+        """The state behind the mixer, the FFN or both, and what each handed back."""
+        results: list[Result] = []
+        found: Found | None = None
+        for role, behind in itertools.zip_longest(roles, roles[1:]):
+            then = None if behind is None else getattr(self, behind)
+            state, result, found = self.run_branch(role, state, side, local, gates, cache, found, then)
+            results.append(result)
+        return state, results
+
     def run_branch(
-        self, role: str, state: State, side: Side, local: Side, gates: Gated, cache: Cache | None = None
-    ) -> tuple[State, Result]:
-        """The state behind the mixer or the FFN."""
+        self,
+        role: str,
+        state: State,
+        side: Side,
+        local: Side,
+        gates: Gated,
+        cache: Cache | None,
+        found: Found | None,
+        then: AnySublayer | None,
+    ) -> Passed:
+        """found, then: see `Sublayer.forward`."""
         gate_BT = gates.gate_BT
+        # By name, so that whoever calls a sublayer again with another state has it find what that is read as.
+        ties = {"found": found, "then": then}
         if role == "mixer":
             key_gate_BT = self.depth.key_gate(gate_BT) if gate_BT is not None and self.key_gate else None
-            return self.mixer(state, side, local, gate_BT, key_gate_BT, cache)
+            return self.mixer(state, side, local, gate_BT, key_gate_BT, cache, **ties)
         # What draws, such as the picks that a full expert drops, may look at the other tokens.
         alone = self.ffn.branch.skips and self.ffn.by_rank is None and not side.draws and worthwhile()
         open_BT = gate_BT if self.depth.closes and alone else None
-        return self.ffn(state, side, local, gate_BT, open_BT, None)
+        return self.ffn(state, side, local, gate_BT, open_BT, None, **ties)

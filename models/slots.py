@@ -14,10 +14,11 @@ from models.beside import Beside
 from models.context import LayerContext
 from models.costly import FUSED_ATTENTION, PRODUCTS
 from models.ends import Closer, Opener
+from models.norms.base import Placement
 from models.params import Linear, NoOutput, ParamSpec
 from models.plugin import Plugin
 from models.sequence_group import SequenceGroup
-from models.state import Entry, OwnTokens, Projected, Result, Side, State, Valued, Views
+from models.state import Entry, Found, OwnTokens, Projected, Result, Side, State, Valued, Views
 
 Cache = dict[str, Tensor]
 Made = TypeVar("Made")
@@ -171,6 +172,19 @@ class Connection(nn.Module):
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         """The state with the branch's output joined in; never modifies a tensor in place."""
         raise NotImplementedError
+
+    def find(self, state: State, placement: Placement) -> Found:
+        """`read`, and the norm in front of the branch."""
+        views, kept = self.read(state)
+        return Found(placement.before(views), kept)
+
+    def hand_on(
+        self, state: State, kept: State, out_BTD: Tensor, following: "Connection", placement: Placement
+    ) -> tuple[State, Found]:
+        """`write`, and what the layer's next sublayer then has of `find`, for kinds that can do both in one pass. Where
+        steps are undone it is that bit for bit: they run one by one the second time."""
+        state = self.write(state, kept, out_BTD)
+        return state, following.find(state, placement)
 
     def unwritten(self, after: State) -> State:
         """Of a residual whose steps can be undone: its entries in front of the step that this connection ends, as far

@@ -71,6 +71,13 @@ class Views(NamedTuple):
         return Views(q_BTD, k_BTD, k_BTD if self.v_BTD is self.k_BTD else function(self.v_BTD))
 
 
+class Found(NamedTuple):
+    """What a sublayer finds in the state: what its branch reads, normed, and what its connection's `write` needs."""
+
+    views: Views
+    kept: State
+
+
 class Result(NamedTuple):
     """What a branch hands back.
 

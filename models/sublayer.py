@@ -4,7 +4,7 @@ Shape suffixes: B batch, T sequence, D model width.
 """
 
 from collections.abc import Collection
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -14,9 +14,17 @@ from models.branches import FFNBranch, MixerBranch
 from models.by_rank import ByRank, check_by_rank
 from models.norms.base import Placement
 from models.slots import Cache, Connection
-from models.state import KEY_GATE, Layout, OwnTokens, Result, Side, State
+from models.state import KEY_GATE, Found, Layout, OwnTokens, Result, Side, State
 
 Branch = TypeVar("Branch", bound=MixerBranch | FFNBranch)
+
+
+class Passed(NamedTuple):
+    """The state behind a sublayer, what its branch handed back, and what the next sublayer finds, if it was asked."""
+
+    state: State
+    result: Result
+    found: Found | None = None
 
 
 class Sublayer(nn.Module, Generic[Branch]):
@@ -57,13 +65,16 @@ class Sublayer(nn.Module, Generic[Branch]):
         gate_BT: Tensor | None,
         key_gate_BT: Tensor | None,
         cache: Cache | None,
-    ) -> tuple[State, Result]:
-        """gate_BT: what the output is multiplied by. key_gate_BT: how much a token is seen by others."""
-        views, kept = self.connection.read(state)
+        *,
+        found: Found | None = None,
+        then: "AnySublayer | None" = None,
+    ) -> Passed:
+        """gate_BT: what the output is multiplied by. key_gate_BT: how much a token is seen by others. found: what the
+        sublayer in front found for this one. then: the one behind, which is to be told what it finds."""
+        views, kept = found or self.connection.find(state, self.placement)
         inputs = {name: state[name] for name in self.branch.reads}
         if key_gate_BT is not None:
             inputs[KEY_GATE] = key_gate_BT
-        views = self.placement.before(views)
         view_BTD = views.q_BTD
         own = self.branch.own_tokens(views, inputs, local) if self.by_rank is None else OwnTokens()
         views, inputs = self.boundary.enter(views, {**inputs, **own.made}, dict(own.made_by_head))
@@ -82,7 +93,11 @@ class Sublayer(nn.Module, Generic[Branch]):
             losses={**own.losses, **result.losses},
             stats={**own.stats, **result.stats},
         )
-        return {**self.connection.write(state, kept, out_BTD), **result.writes, **kept_beside}, result
+        if then is None:
+            after, behind = self.connection.write(state, kept, out_BTD), None
+        else:
+            after, behind = self.connection.hand_on(state, kept, out_BTD, then.connection, then.placement)
+        return Passed({**after, **result.writes, **kept_beside}, result, behind)
 
     def check_written(self, own: OwnTokens, result: Result) -> None:
         """Raise ValueError unless the branch wrote what it declares, where tokens and heads lie as it declares."""
@@ -96,3 +111,6 @@ class Sublayer(nn.Module, Generic[Branch]):
                 f"{sorted(over_heads)} over heads, and writes {sorted(early)} with its own tokens and {sorted(late)} "
                 "with its output; a mixer writes the former in own_tokens and the latter in project"
             )
+
+
+AnySublayer = Sublayer[Any]

@@ -150,14 +150,12 @@ class Call:
         """The step's second run, and the streams in front of it, from those behind it."""
         connection = getattr(self.layer, step[-1]).connection
         side, local = self.both(Chosen(self.choices))
-        losses: list[tuple[str, Tensor]] = []
         with torch.enable_grad():
             given = {**self.sides, **connection.unwritten(after)}
             leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in given.items()}
             state, gates = leaves, self.layer.gated(leaves, local)[1]
-            for role in step:
-                state, result = self.layer.run_branch(role, state, side, local, gates)
-                losses += result.losses.items()
+            state, results = self.layer.run_branches(step, state, side, local, gates)
+            losses = [loss for result in results for loss in result.losses.items()]
         entries = {entry.name for role in step for entry in getattr(self.layer, role).writes}
         before = connection.undo(after, {name: x.detach() for name, x in state.items()})
         return Again(leaves, {name: state[name] for name in state if name in entries}, losses), before

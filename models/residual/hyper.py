@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.kernels.stream_mix import StreamMix
+from models.kernels.handover.reading import Reading, Squash
 from models.limits import above_zero, at_least
 from models.params import Constant, declare
 from models.residual.stream_norm import Kind, stream_norm
+from models.residual.streams import StreamCloser, StreamOpener, Streams
 from models.slots import Closer, Connection, Opener, ResidualConfig
-from models.state import Entry, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +68,6 @@ class HyperConnections(StaticHyperConnections, kind="hyper"):
         return DynamicHyper(self, ctx.d_model, ctx.sublayer(branch))
 
 
-def stream_sums(streams: int, d_model: int) -> float:
-    """FLOPs per token of a branch's input from n streams (2 n D), of their mix (2 n^2 D) and of what the branch adds to
-    each of them (2 n D)."""
-    return 2 * streams * (streams + 2) * d_model
-
-
 @dataclasses.dataclass(frozen=True)
 class StaticAlpha:
     """[N, 1 + N]: the branch reads the one stream `read`, and every stream passes on as it is."""
@@ -85,49 +79,28 @@ class StaticAlpha:
         return torch.cat([identity[:, self.read, None], identity], dim=1)
 
 
-class StaticHyper(Connection):
-    """With the streams S [N, D] of a token, A [N, 1 + N] and b [N]: branch input u = A[:, 0]^T S, and
-    S <- A[:, 1:]^T S + b F(u)^T."""
+class StaticHyper(Streams):
+    """With A [N, 1 + N] and b [N]: a = A[:, 0], m = A[:, 1:]."""
 
-    reads = stream = ("streams",)
     static_alpha: nn.Parameter
     static_beta: nn.Parameter
 
     def __init__(self, d_model: int, streams: int, index: int) -> None:
-        super().__init__()
-        self.streams = streams
-        self.writes = (Entry("streams", (streams, d_model)),)
-        self.mix = StreamMix()
+        super().__init__(streams, d_model)
         # Without decay: it would shrink the identity path itself, which has been seen to end in NaN.
         declare(self, "static_alpha", (streams, 1 + streams), StaticAlpha(index % streams), decay=False)
         declare(self, "static_beta", (streams,), Constant(1.0), decay=False)
 
-    def weights(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns A [..., N, 1 + N] and b [..., N] in the streams' dtype."""
-        return self.static_alpha.to(streams_BTND.dtype), self.static_beta.to(streams_BTND.dtype)
+    def reading(self) -> Reading | None:
+        return None
 
-    def read(self, state: State) -> tuple[Views, State]:
-        streams_BTND = state["streams"]
-        alpha, beta = self.weights(streams_BTND)
-        x_BT1D = self.mix(streams_BTND, alpha[..., :1])
-        return Views.same(x_BT1D.squeeze(-2)), {"mix": alpha[..., 1:], "beta": beta}
+    def matrices(self, logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A [..., N, 1 + N] and b [..., N]."""
+        return self.static_alpha, self.static_beta
 
-    def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
-        # Mixed here, not in `read`, so that one set of streams and not two lives while the branch runs.
-        return {
-            **state,
-            "streams": self.mix(state["streams"], kept["mix"], out_BTD[..., None, :], kept["beta"][..., None, :]),
-        }
-
-    def peek(self, state: State) -> Tensor:
-        """The mean over the streams, which at initialisation is the plain residual's stream."""
-        return state["streams"].mean(-2)
-
-    def add(self, state: State, x_BTD: Tensor) -> State:
-        return {**state, "streams": state["streams"] + x_BTD[..., None, :]}
-
-    def flops_per_token(self, d_model: int) -> float:
-        return stream_sums(self.streams, d_model)
+    def settle(self, logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, beta = self.matrices(logits)
+        return alpha[..., :1], alpha[..., 1:], beta[..., None, :]
 
 
 class DynamicHyper(StaticHyper):
@@ -141,40 +114,23 @@ class DynamicHyper(StaticHyper):
     def __init__(self, config: HyperConnections, d_model: int, index: int) -> None:
         super().__init__(d_model, config.streams, index)
         self.norm = stream_norm(config.norm, d_model, config.norm_eps)
+        self.squash: Squash = config.activation
         self.activation = nn.Tanh() if config.activation == "tanh" else nn.Identity()
         declare(self, "dynamic_alpha", (d_model, 1 + config.streams), Constant(0.0), role="gate")
         declare(self, "dynamic_beta", (d_model, 1), Constant(0.0), role="gate")
         declare(self, "alpha_scale", (1,), Constant(0.01))
         declare(self, "beta_scale", (1,), Constant(0.01))
 
-    def weights(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor]:
+    def reading(self) -> Reading:
         columns = torch.cat([self.dynamic_alpha, self.dynamic_beta], dim=1)
-        dynamic = self.activation(self.norm(streams_BTND, columns))
+        static_N1 = self.static_alpha[:, :1]
+        return Reading(*self.norm.operands(columns), static_N1, self.alpha_scale, self.squash, stride=1)
+
+    def matrices(self, logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        dynamic = self.activation(logits)
         alpha = torch.addcmul(self.static_alpha, dynamic[..., :-1], self.alpha_scale)
-        beta = torch.addcmul(self.static_beta, dynamic[..., -1], self.beta_scale)
-        return alpha.to(streams_BTND.dtype), beta.to(streams_BTND.dtype)
+        return alpha, torch.addcmul(self.static_beta, dynamic[..., -1], self.beta_scale)
 
     def flops_per_token(self, d_model: int) -> float:
         columns = self.dynamic_alpha.numel() + self.dynamic_beta.numel()
         return super().flops_per_token(d_model) + 2 * (self.streams - 1) * columns
-
-
-class StreamOpener(Opener):
-    """The embedding, once per stream."""
-
-    def __init__(self, d_model: int, streams: int) -> None:
-        super().__init__(d_model)
-        self.streams = streams
-        self.writes = (Entry("streams", (streams, d_model)),)
-
-    def forward(self, x_BTD: Tensor) -> State:
-        return {"streams": torch.stack([x_BTD] * self.streams, dim=-2)}
-
-
-class StreamCloser(Closer):
-    """The sum over the streams (section 2 of the paper)."""
-
-    reads = ("streams",)
-
-    def forward(self, state: State) -> Tensor:
-        return state["streams"].sum(-2)

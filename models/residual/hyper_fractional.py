@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.kernels.stream_mix import StreamMix
+from models.kernels.handover.reading import Reading, Squash
 from models.limits import at_least
 from models.params import Constant, declare
-from models.residual.hyper import HyperConnections, stream_sums
+from models.residual.hyper import HyperConnections
 from models.residual.stream_norm import stream_norm
+from models.residual.streams import Streams, stream_sums
 from models.slots import Connection
-from models.state import Entry, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +64,10 @@ class FractionalBeta:
         return torch.eye(shape[0])[:, None].expand(shape).clone()
 
 
-class FractionalHyper(Connection):
+class FractionalHyper(Streams):
     """With rows X[p, j] in R^C (fraction p of stream j) and A [P, N, Q, 1 + N], b [P, N, Q] from norm(X) as in hyper:
     u[q] = sum_pj A[p, j, q, 0] X[p, j], and X[q, i] <- sum_pj A[p, j, q, 1 + i] X[p, j] + sum_p b[p, i, q] F(u)[p]."""
 
-    reads = stream = ("streams",)
     static_alpha: nn.Parameter
     static_beta: nn.Parameter
     dynamic_alpha: nn.Parameter
@@ -77,13 +76,12 @@ class FractionalHyper(Connection):
     beta_scale: nn.Parameter
 
     def __init__(self, config: FractionalHyperConnections, d_model: int, index: int) -> None:
-        super().__init__()
-        self.fractions, self.streams = fractions, streams = config.fractions, config.streams
-        self.writes = (Entry("streams", (streams, d_model)),)
+        super().__init__(config.streams, d_model)
+        self.fractions, streams = (fractions := config.fractions), config.streams
         width, columns = d_model // fractions, fractions * (1 + streams)
         self.norm = stream_norm(config.norm, width, config.norm_eps)
+        self.squash: Squash = config.activation
         self.activation = nn.Tanh() if config.activation == "tanh" else nn.Identity()
-        self.mix = StreamMix()
         alpha = FractionalAlpha(index % streams, streams)
         declare(self, "static_alpha", (fractions * streams, columns), alpha, decay=False)
         declare(self, "static_beta", (fractions, streams, fractions), FractionalBeta(), decay=False)
@@ -95,31 +93,28 @@ class FractionalHyper(Connection):
     def rows(self, streams_BTND: Tensor) -> Tensor:
         return streams_BTND.unflatten(-1, (self.fractions, -1)).flatten(-3, -2)
 
-    def read(self, state: State) -> tuple[Views, State]:
-        rows_BTRC = self.rows(state["streams"])
+    def parts(self, out_BTD: Tensor) -> Tensor:
+        return out_BTD.unflatten(-1, (self.fractions, -1))
+
+    def streams_of(self, rows_BTRD: Tensor) -> Tensor:
+        return rows_BTRD.unflatten(-2, (self.streams, -1)).flatten(-2)
+
+    def by_row(self) -> Tensor:
+        """static_alpha [R, Q (1 + N)], in the order in which rows lie."""
+        return self.static_alpha.unflatten(0, (self.fractions, -1)).transpose(0, 1).flatten(0, 1)
+
+    def reading(self) -> Reading:
         columns = torch.cat([self.dynamic_alpha, self.dynamic_beta], dim=1)
-        dynamic = self.activation(self.norm(rows_BTRC, columns))
-        dynamic_alpha, dynamic_beta = dynamic.tensor_split([self.static_alpha.shape[1]], dim=-1)
-        static_alpha = self.static_alpha.unflatten(0, (self.fractions, -1)).transpose(0, 1).flatten(0, 1)
-        alpha = torch.addcmul(static_alpha, dynamic_alpha, self.alpha_scale).to(rows_BTRC.dtype)
+        stride = 1 + self.streams
+        return Reading(*self.norm.operands(columns), self.by_row()[:, ::stride], self.alpha_scale, self.squash, stride)
+
+    def settle(self, logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        dynamic_alpha, dynamic_beta = self.activation(logits).tensor_split([self.static_alpha.shape[1]], dim=-1)
+        alpha = torch.addcmul(self.by_row(), dynamic_alpha, self.alpha_scale)
         alpha_BTRQM = alpha.unflatten(-1, (self.fractions, -1))
         dynamic_beta = dynamic_beta.unflatten(-2, (self.streams, self.fractions)).transpose(-3, -2)
-        beta_BTPNQ = torch.addcmul(self.static_beta, dynamic_beta, self.beta_scale).to(rows_BTRC.dtype)
-        x_BTQC = self.mix(rows_BTRC, alpha_BTRQM[..., 0])
-        kept = {"mix": alpha_BTRQM[..., 1:].transpose(-1, -2).flatten(-2), "beta": beta_BTPNQ}
-        return Views.same(x_BTQC.flatten(-2)), kept
-
-    def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
-        out_BTPC = out_BTD.unflatten(-1, (self.fractions, -1))
-        rows_BTRC = self.mix(self.rows(state["streams"]), kept["mix"], out_BTPC, kept["beta"].flatten(-2))
-        return {**state, "streams": rows_BTRC.unflatten(-2, (self.streams, -1)).flatten(-2)}
-
-    def peek(self, state: State) -> Tensor:
-        """The mean over the streams, as in hyper."""
-        return state["streams"].mean(-2)
-
-    def add(self, state: State, x_BTD: Tensor) -> State:
-        return {**state, "streams": state["streams"] + x_BTD[..., None, :]}
+        beta_BTPNQ = torch.addcmul(self.static_beta, dynamic_beta, self.beta_scale)
+        return alpha_BTRQM[..., 0], alpha_BTRQM[..., 1:].transpose(-1, -2).flatten(-2), beta_BTPNQ.flatten(-2)
 
     def flops_per_token(self, d_model: int) -> float:
         """Every sum of hyper is one over the fractions too."""

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
+from models.kernels.handover.reading import Reading
 from models.kernels.sinkhorn import Sinkhorn
-from models.kernels.stream_mix import StreamMix
 from models.limits import above_zero, at_least
 from models.params import Constant, declare
-from models.residual.hyper import StreamCloser, StreamOpener, stream_sums
 from models.residual.stream_norm import OffsetRMSNorm
+from models.residual.streams import StreamCloser, StreamOpener, Streams
 from models.slots import Closer, Connection, Opener, ResidualConfig
-from models.state import Entry, State, Views
 
 FAR = -8.0  # logit of what is next to nothing at first
 
@@ -89,11 +88,12 @@ class OneStreamReads:
         return torch.cat([self.pre(streams)[:, None], FAR * (1 - torch.eye(streams))], dim=1)
 
 
-class ManifoldHyper(Connection):
-    """With the streams S [N, D] of a token, p = sigmoid(.), R doubly stochastic, b = 2 sigmoid(.): branch input p^T S,
-    and S <- R^T S + b F(p^T S)^T. Every logit is a static one plus a scale times one that depends on the token."""
+class ManifoldHyper(Streams):
+    """a = p = sigmoid(.), m = R doubly stochastic, b = 2 sigmoid(.). Every logit is a static one plus a scale times one
+    that depends on the token."""
 
-    reads = stream = ("streams",)
+    # R - I and not R: near the identity, bfloat16 would leave rows that no longer sum to 1.
+    moves = True
     static_alpha: nn.Parameter
     static_beta: nn.Parameter
     dynamic_alpha: nn.Parameter
@@ -104,10 +104,7 @@ class ManifoldHyper(Connection):
 
     def __init__(self, config: ManifoldConfig, d_model: int, width: int, columns: tuple[int, int]) -> None:
         """width: of what logits are computed from. columns: how many alpha and beta take."""
-        super().__init__()
-        self.streams = config.streams
-        self.writes = (Entry("streams", (config.streams, d_model)),)
-        self.mix = StreamMix()
+        super().__init__(config.streams, d_model)
         self.norm = OffsetRMSNorm(width, config.norm_eps)
         declare(self, "static_beta", (self.streams,), Constant(0.0), decay=False)
         declare(self, "dynamic_alpha", (width, columns[0]), Constant(0.0), role="gate")
@@ -115,47 +112,36 @@ class ManifoldHyper(Connection):
         for name in ("pre_scale", "mix_scale", "post_scale"):
             declare(self, name, (1,), Constant(0.01))
 
-    def dynamic(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows: [B, T, ..., width]. Returns the columns of alpha and of beta, in at least float32."""
-        columns = torch.cat([self.dynamic_alpha, self.dynamic_beta], dim=1)
-        alpha, beta = self.norm(rows, columns).tensor_split([self.dynamic_alpha.shape[1]], dim=-1)
-        return alpha, beta
-
-    def matrices(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns p [B, T, N], R [B, T, N, M] and b [B, T, N], in at least float32."""
+    def logits_of_read(self) -> tuple[Tensor, int, bool]:
+        """Of `Reading`: the static parts, the stride, and whether it is flat."""
         raise NotImplementedError
+
+    def reading(self) -> Reading:
+        columns = torch.cat([self.dynamic_alpha, self.dynamic_beta], dim=1)
+        static_N1, stride, flat = self.logits_of_read()
+        return Reading(*self.norm.operands(columns), static_N1, self.pre_scale, "sigmoid", stride, flat)
+
+    def matrices(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha: what depends on the token of their logits, before its scales. Returns p [B, T, N] and R [B, T, N, M],
+        in at least float32."""
+        raise NotImplementedError
+
+    def settle(self, logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        assert logits is not None
+        alpha, beta = logits.tensor_split([self.dynamic_alpha.shape[1]], dim=-1)
+        pre, mix = self.matrices(alpha)
+        moved = mix - torch.eye(self.streams, dtype=mix.dtype, device=mix.device)
+        return pre[..., None], moved, self.post(beta)[..., None, :]
 
     def alpha_scale(self, pre: int, mix: int) -> Tensor:
         """[pre + mix], for all of alpha at once: of a parameter whose parts go different ways, schedules that split the
         backward pass would walk the way that they share twice."""
         return torch.cat([self.pre_scale.expand(pre), self.mix_scale.expand(mix)])
 
-    def post(self, beta_BTN: Tensor) -> Tensor:
+    def post(self, beta: Tensor) -> Tensor:
+        """b [B, T, N] from what depends on the token of its logits, which are the last dimensions."""
+        beta_BTN = beta.reshape(*beta.shape[:2], self.streams)
         return 2 * torch.addcmul(self.static_beta, beta_BTN, self.post_scale).sigmoid()
-
-    def read(self, state: State) -> tuple[Views, State]:
-        streams_BTND = state["streams"]
-        pre, mix, beta = self.matrices(streams_BTND)
-        # R - I and not R: near the identity, bfloat16 would leave rows that no longer sum to 1.
-        moves = mix - torch.eye(self.streams, dtype=mix.dtype, device=mix.device)
-        kept = {"moves": moves.to(streams_BTND.dtype), "beta": beta.to(streams_BTND.dtype)}
-        x_BT1D = self.mix(streams_BTND, pre.to(streams_BTND.dtype)[..., None])
-        return Views.same(x_BT1D.squeeze(-2)), kept
-
-    def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
-        # Mixed here, not in `read`, so that one set of streams and not two lives while the branch runs.
-        mixed_BTND = self.mix(state["streams"], kept["moves"], out_BTD[..., None, :], kept["beta"][..., None, :], True)
-        return {**state, "streams": mixed_BTND}
-
-    def peek(self, state: State) -> Tensor:
-        """The mean over the streams, which mixing leaves alone."""
-        return state["streams"].mean(-2)
-
-    def add(self, state: State, x_BTD: Tensor) -> State:
-        return {**state, "streams": state["streams"] + x_BTD[..., None, :]}
-
-    def flops_per_token(self, d_model: int) -> float:
-        return stream_sums(self.streams, d_model)
 
 
 class SinkhornHyper(ManifoldHyper):
@@ -169,14 +155,10 @@ class SinkhornHyper(ManifoldHyper):
         streams = config.streams
         declare(self, "static_alpha", (streams, 1 + streams), OneStreamReads(index % streams), decay=False)
 
-    def logits(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor]:
-        """What depends on the token of alpha [B, T, N, 1 + N] and beta [B, T, N], before their scales."""
-        raise NotImplementedError
-
-    def matrices(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        alpha, beta = self.logits(streams_BTND)
+    def matrices(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = alpha.reshape(*alpha.shape[:2], self.streams, 1 + self.streams)
         alpha = torch.addcmul(self.static_alpha, alpha, self.alpha_scale(1, self.streams))
-        return alpha[..., 0].sigmoid(), self.sinkhorn(alpha[..., 1:], self.iterations), self.post(beta)
+        return alpha[..., 0].sigmoid(), self.sinkhorn(alpha[..., 1:], self.iterations)
 
 
 class FlatHyper(SinkhornHyper):
@@ -186,6 +168,5 @@ class FlatHyper(SinkhornHyper):
         n = config.streams
         super().__init__(config, d_model, index, n * d_model, (n * (1 + n), n))
 
-    def logits(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, beta = self.dynamic(streams_BTND.flatten(-2))
-        return alpha.unflatten(-1, (self.streams, -1)), beta
+    def logits_of_read(self) -> tuple[Tensor, int, bool]:
+        return self.static_alpha[:, :1], 1 + self.streams, True

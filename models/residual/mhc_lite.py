@@ -72,13 +72,15 @@ class LiteHyper(ManifoldHyper):
         super().__init__(config, d_model, n * d_model, (logits, n))
         declare(self, "static_alpha", (logits,), IdentityStays(index % n, n), decay=False)
 
-    def matrices(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        alpha, beta = self.dynamic(streams_BTND.flatten(-2))
+    def logits_of_read(self) -> tuple[Tensor, int, bool]:
+        return self.static_alpha[: self.streams, None], 1, True
+
+    def matrices(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         n = self.streams
         alpha = torch.addcmul(self.static_alpha, alpha, self.alpha_scale(n, alpha.shape[-1] - n))
         weights_BTP = alpha[..., n:].softmax(-1)
         matrices_PNM = torch.eye(n, dtype=alpha.dtype, device=alpha.device)[permutations(n, alpha.device)]
-        return alpha[..., :n].sigmoid(), (weights_BTP @ matrices_PNM.flatten(1)).unflatten(-1, (n, n)), self.post(beta)
+        return alpha[..., :n].sigmoid(), (weights_BTP @ matrices_PNM.flatten(1)).unflatten(-1, (n, n))
 
     def flops_per_token(self, d_model: int) -> float:
         """With the average of the permutations."""

@@ -31,9 +31,8 @@ class PerStreamHyper(SinkhornHyper):
     def __init__(self, config: ManifoldHyperConnections, d_model: int, index: int) -> None:
         super().__init__(config, d_model, index, d_model, (1 + config.streams, 1))
 
-    def logits(self, streams_BTND: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, beta = self.dynamic(streams_BTND)
-        return alpha, beta.squeeze(-1)
+    def logits_of_read(self) -> tuple[Tensor, int, bool]:
+        return self.static_alpha[:, :1], 1, False
 
     def flops_per_token(self, d_model: int) -> float:
         columns = self.dynamic_alpha.numel() + self.dynamic_beta.numel()

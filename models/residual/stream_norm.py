@@ -1,4 +1,4 @@
-"""Norms in front of the small matrices that hyper-connections draw from the streams, and the products behind them.
+"""Norms in front of the small matrices that hyper-connections draw from the streams: what `normed_product` takes.
 
 Shape suffixes: D normalised width, K columns.
 """
@@ -11,10 +11,12 @@ from models.kernels.normed_product import NormedProduct
 from models.params import Constant, declare
 
 Kind = Literal["layer", "rms"]
+# The product, and what it takes beside rows: columns [D, K], weight [D], bias [D], eps.
+Operands = tuple[NormedProduct, Tensor, Tensor, Tensor | None, float]
 
 
 class LayerNorm(nn.Module):
-    """`(weight * (x - mean) / sqrt(var + eps) + bias) columns` (Ba et al., arXiv 1607.06450), at least float32."""
+    """`weight * (x - mean) / sqrt(var + eps) + bias` (Ba et al., arXiv 1607.06450)."""
 
     weight: nn.Parameter
     bias: nn.Parameter
@@ -25,12 +27,12 @@ class LayerNorm(nn.Module):
         declare(self, "weight", (dim,), Constant(1.0))
         declare(self, "bias", (dim,), Constant(0.0))
 
-    def forward(self, x_D: Tensor, columns_DK: Tensor) -> Tensor:
-        return self.product(x_D, columns_DK, self.weight, self.bias, self.eps)
+    def operands(self, columns_DK: Tensor) -> Operands:
+        return self.product, columns_DK, self.weight, self.bias, self.eps
 
 
 class OffsetRMSNorm(nn.Module):
-    """`((1 + gamma) * x / sqrt(mean(x^2) + eps)) columns`, gamma starting at 0, at least float32."""
+    """`(1 + gamma) * x / sqrt(mean(x^2) + eps)`, gamma starting at 0."""
 
     gamma: nn.Parameter
 
@@ -39,9 +41,9 @@ class OffsetRMSNorm(nn.Module):
         self.eps, self.product = eps, NormedProduct()
         declare(self, "gamma", (dim,), Constant(0.0))
 
-    def forward(self, x_D: Tensor, columns_DK: Tensor) -> Tensor:
-        return self.product(x_D, columns_DK, 1 + self.gamma, None, self.eps)
+    def operands(self, columns_DK: Tensor) -> Operands:
+        return self.product, columns_DK, 1 + self.gamma, None, self.eps
 
 
-def stream_norm(kind: Kind, dim: int, eps: float) -> nn.Module:
+def stream_norm(kind: Kind, dim: int, eps: float) -> LayerNorm | OffsetRMSNorm:
     return LayerNorm(dim, eps) if kind == "layer" else OffsetRMSNorm(dim, eps)

@@ -76,10 +76,12 @@ def run(inputs: Params, params: Params, config: dict) -> Params:
         traced, ours(connection, params, config), {"streams": streams_BTND}, branch(params)
     )
     batch, time = x_BTD.shape[:2]
-    if "norm_eps" in config:
-        beta = beta.expand(batch, time, -1)
-    elif config.get("num_fracs", 1) == 1:
-        beta = beta.expand(batch, time, -1)[:, :, None, :, None]
+    if (fractions := config.get("num_fracs", 1)) > 1:
+        beta = beta.unflatten(-1, (-1, fractions))
+    else:
+        beta = beta.squeeze(-2).expand(batch, time, -1)
+        if "norm_eps" not in config:
+            beta = beta[:, :, None, :, None]
     return {
         "branch_input": x_BTD,
         "mixed_streams": mixed.transpose(1, 2),

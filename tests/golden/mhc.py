@@ -58,6 +58,6 @@ def run(inputs: Params, params: Params, config: dict) -> Params:
     return {
         "branch_input": x_BTD,
         "mixed_streams": mixed.transpose(1, 2),
-        "beta": beta[:, :, None, :, None],
+        "beta": beta.mT[:, :, None],
         "streams": streams.transpose(1, 2),
     }

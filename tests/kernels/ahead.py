@@ -14,6 +14,8 @@ from triton.runtime.jit import JITFunction
 
 from models.kernels.combine.triton import combine
 from models.kernels.depth_mix.triton import depth_mix
+from models.kernels.handover.reading import Reading
+from models.kernels.handover.triton import handover
 from models.kernels.masked_gate.triton import masked_gate
 from models.kernels.normed_product.triton import normed_product
 from models.kernels.sinkhorn.triton import sinkhorn
@@ -74,6 +76,12 @@ def launch_all() -> None:
     shares = (draw(8, 1, **weights), draw(8, 2, **weights), draw(2, 2048))
     both_passes(combine(draw(16, 2048), draw(8, 2, **weights), None, draw(8, 2048), *shares))
     both_passes(sinkhorn(draw(8, 4, 4, **weights), 20))
+    streams = draw(32, 4, 2048), draw(32, 4, 4), draw(32, 1, 2048), draw(32, 1, 4), True
+    small = draw(4, 1, **weights), draw(1, **weights)
+    rows = Reading(normed_product, draw(2048, 6), draw(2048), draw(2048), 1e-5, *small, "tanh", 1)
+    both_passes(list(handover(*streams, rows, lambda x: (x[..., :1].to(torch.bfloat16), {}), stream_mix)[:2]))
+    flat = Reading(normed_product, draw(8192, 24), draw(8192), None, 1e-6, *small, "sigmoid", 5, flat=True)
+    both_passes(list(handover(*streams, flat, lambda x: (x[..., :20:5, None].to(torch.bfloat16), {}), stream_mix)[:2]))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from tests.kernels.interpreted import poisoned
 
 MODELS = {
     "mudd": ({"residual": "mudd", "ffn": "moe_plus_plus"}, {"depth_mix", "masked_gate", "combine"}),
-    "mhc": ({"residual": "mhc"}, {"stream_mix", "normed_product", "sinkhorn"}),
+    "mhc": ({"residual": "mhc"}, {"stream_mix", "normed_product", "handover", "sinkhorn"}),
 }
 
 

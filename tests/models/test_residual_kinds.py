@@ -65,7 +65,7 @@ def test_mhc_keeps_the_mean_of_the_streams_and_parts_them(kind: ManifoldConfig) 
     _, kept = connection.read(state)
     # Sinkhorn-Knopp ends with what each stream gives, on which the mean depends; what each gets converges slowly where
     # the matrix is close to the identity, as it starts.
-    given, got = (kept["moves"].sum(dim).abs().max() for dim in (-1, -2))
+    given, got = (kept["mix"].sum(dim).abs().max() for dim in (-1, -2))
     assert given < 1e-12 and got < 1e-2
     written = connection.write(state, kept, torch.zeros(2, 6, 8, dtype=torch.float64))
     torch.testing.assert_close(written["streams"].mean(-2), state["streams"].mean(-2), rtol=0, atol=1e-12)

@@ -55,9 +55,9 @@ def plain_inputs(model: LM, halves: bool) -> list[Tensor]:
     for layer in model.blocks:
         found.append(state["x"])
         state, gates = layer.gated(state, side())
-        state, _ = layer.run_branch("mixer", state, side(), side(), gates)
+        state, _ = layer.run_branches(("mixer",), state, side(), side(), gates)
         found += [state["x"]] if halves else []
-        state, _ = layer.run_branch("ffn", state, side(), side(), gates)
+        state, _ = layer.run_branches(("ffn",), state, side(), side(), gates)
     return [*found, state["x"]]
 
 

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from models.kernels.opaque import shaped_by
 from models.kernels.wide import wide
 
-ROWS, DEPTH = 16, 128  # of a program, and of each of its products
-NARROWEST = 16  # what a product of tiles takes
+ROWS, NARROWEST = 16, 16  # of a program; what a product of tiles takes
+DEEPEST, HELD = 128, 16384  # of a product of tiles, and the elements of a tile of w
 
 
 @triton.jit
@@ -117,39 +117,63 @@ def launch(kernel: Any, centred: bool, x_MD: Tensor, w_DK: Tensor, *others: Tens
         width,
         columns,
         *numbers.values(),
-        PADDED=max(NARROWEST, triton.next_power_of_2(columns)),
+        PADDED=padded(columns),
         ROWS=ROWS,
-        DEPTH=DEPTH,
+        DEPTH=depth(columns),
         CENTRED=centred,
         WIDE=wide(w_DK.dtype),
         PRECISION=precision,
     )
 
 
+def padded(columns: int) -> int:
+    return max(NARROWEST, triton.next_power_of_2(columns))
+
+
+def depth(columns: int) -> int:
+    """Of tiles that fit into a GPU's shared memory."""
+    return max(NARROWEST, min(DEEPEST, HELD // padded(columns)))
+
+
 class _NormedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, w_DK: Tensor, eps: float, centred: bool) -> Tensor:
-        made = product(x_MD, w_DK, eps, centred)
+    def forward(ctx: Any, x_MD: Tensor, w_DK: Tensor, eps: float, centred: bool, known: list[Tensor] | None) -> Tensor:
+        made = product(x_MD, w_DK, eps, centred) if known is None else [x.detach() for x in known]
         ctx.save_for_backward(x_MD, w_DK, *made)
         ctx.centred = centred
         return made[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_MD, w_DK, *made = ctx.saved_tensors
         _, means_M, scales_M = made
         dx_MD = product_backward(x_MD, w_DK, made, grads[0], ctx.centred)
         scaled_MK = grads[0] * scales_M[:, None]
         dw_DK = (x_MD.mT @ scaled_MK.to(x_MD.dtype)).to(w_DK.dtype) - means_M @ scaled_MK
-        return dx_MD, dw_DK, None, None
+        return dx_MD, dw_DK, None, None, None
+
+
+def weighted(columns_DK: Tensor, weight_D: Tensor, like: Tensor) -> Tensor:
+    """The columns with the norm's weight in them, at least float32, and as `like`."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return weight_D.to(dtype)[:, None] * columns_DK.to(dtype)
+
+
+def shift(columns_DK: Tensor, bias_D: Tensor | None, w_DK: Tensor) -> Tensor | None:
+    """[K], what the norm's bias adds."""
+    return None if bias_D is None else bias_D.to(w_DK.dtype) @ columns_DK.to(w_DK.dtype)
+
+
+def normed(x_D: Tensor, w_DK: Tensor, shift_K: Tensor | None, eps: float, known: list[Tensor] | None = None) -> Tensor:
+    """known: what `product` returns, where it has been computed already, to be differentiated."""
+    x_MD, centred = x_D.flatten(0, -2), shift_K is not None
+    out_MK: Tensor = _NormedProduct.apply(x_MD, w_DK, eps, centred, known)  # type: ignore[assignment]
+    out_K = out_MK.view(*x_D.shape[:-1], w_DK.shape[1])
+    return out_K if shift_K is None else out_K + shift_K
 
 
 def normed_product(x_D: Tensor, columns_DK: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
     """See `models.kernels.normed_product.reference`."""
-    dtype = torch.promote_types(x_D.dtype, torch.float32)
-    columns_DK = columns_DK.to(dtype)
-    w_DK = weight_D.to(dtype)[:, None] * columns_DK
-    out_MK: Tensor = _NormedProduct.apply(x_D.flatten(0, -2), w_DK, eps, bias_D is not None)  # type: ignore[assignment]
-    out_K = out_MK.view(*x_D.shape[:-1], w_DK.shape[1])
-    return out_K if bias_D is None else out_K + bias_D.to(dtype) @ columns_DK
+    w_DK = weighted(columns_DK, weight_D, x_D)
+    return normed(x_D, w_DK, shift(columns_DK, bias_D, w_DK), eps)
