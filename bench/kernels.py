@@ -16,6 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from models.kernels.handover.reading import Reading
+from models.kernels.normed_product.reference import normed_product
+from models.kernels.stream_mix.reference import stream_mix
+from models.params import RMSNorm
+
 TOKENS, WIDTH = 16384, 2048
 # bfloat16 keeps 8 digits: sums of products of rounded operands are within this of the largest of their kind.
 CLOSE = 2.0**-6
@@ -51,6 +56,13 @@ def cases() -> Iterator[Case]:
     yield Case("normed_product", "LayerNorm, 6 columns", layer, lambda call, *x: call(*x, 1e-5), 4 * 4 * n * d)
     flat = (draw(n, 4 * d), draw(4 * d, 24), draw(4 * d))
     yield Case("normed_product", "RMSNorm, 24 columns", flat, lambda call, *x: call(*x, None, 1e-6), 4 * 4 * n * d)
+    streams = (*write, draw(4, 1, **wide), draw(1, **wide))
+    # The streams once, and behind them the backward passes of a write, of a product and of a read.
+    moved = (2 * 4 + 2 + (2 * 5 + 4) + 3 * 4 + (2 * 4 + 1)) * n * d
+    yield Case("handover", "LayerNorm, 6 columns", (*streams, *layer[1:]), handed, moved)
+    yield Case("handover", "RMSNorm, 24 columns", (*streams, *flat[1:]), handed, moved)
+    step = (draw(n, d, **wide), draw(n, d), draw(d, **wide))
+    yield Case("grid_add", "a step and its norm", step, stepped, 2 * (2 + 1 + 2 + 2) * n * d)
     logits = (draw(n, 4, 4, **wide),)
     yield Case("sinkhorn", "20 iterations", logits, lambda call, x: call(x, 20), 2 * 5 * n * 16)
     gate = (draw(n, 12, **wide), draw(n, 12, **wide))
@@ -58,6 +70,26 @@ def cases() -> Iterator[Case]:
     shares = (draw(n, 1, **wide), draw(n, 2, **wide), draw(2, d))
     leaves = (draw(2 * n, d), draw(n, 2, **wide), draw(n, d), *shares)
     yield Case("combine", "2 picks", leaves, lambda call, y, w, *x: call(y, w, None, *x), (3 * 2 + 5) * n * d)
+
+
+def handed(call: Callable[..., Any], *leaves: Tensor) -> list[Tensor]:
+    *written, static, scale, columns, weight = leaves[:8]
+    bias = leaves[8] if len(leaves) > 8 else None
+    stride = 1 if bias is not None else len(columns) // WIDTH + 1
+
+    def settle(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        used = logits[..., :1] if bias is not None else logits[..., : stride * len(static) : stride, None]
+        return (static + scale * used).sigmoid().to(written[0].dtype), {}
+
+    operands = (normed_product, columns, weight, bias, 1e-5, static, scale, "sigmoid", stride, bias is None)
+    return list(call(*written, False, Reading(*operands), settle, stream_mix)[:2])
+
+
+def stepped(call: Callable[..., Any], x: Tensor, added: Tensor, weight: Tensor) -> list[Tensor]:
+    norm = RMSNorm(len(weight), 1e-6)
+    del norm.weight
+    norm.weight = weight  # type: ignore[assignment]
+    return list(call(x, (added,), 1.0, 14, norm))
 
 
 def picked(made: tuple[Tensor, ...]) -> list[Tensor]:

@@ -19,6 +19,10 @@ class Placement(nn.Module):
     def before(self, views: Views) -> Views:
         return views
 
+    def norm_before(self) -> RMSNorm | None:
+        """The one in front of all views, where it alone is what `before` does."""
+        return None
+
     def after(self, out_BTD: Tensor) -> Tensor:
         return out_BTD
 

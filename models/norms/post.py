@@ -29,8 +29,9 @@ class Post(Placement):
         self.norm = RMSNorm(d_model, eps)
 
     def before(self, views: Views) -> Views:
-        # A stream may be wider than the computation, of whose type a norm in front would make it.
-        return views.map(lambda x: x.to(self.norm.weight.dtype))
+        # A stream may be wider than the computation, of whose type a norm in front would make it. A view, so that the
+        # branch's gradients are added up before they join the stream's, as they are where layers are undone.
+        return views.map(lambda x: x.to(self.norm.weight.dtype).view_as(x))
 
     def after(self, out_BTD: Tensor) -> Tensor:
         return self.norm(out_BTD)

@@ -33,6 +33,10 @@ class Pre(Placement):
             return views.map(self.norms[0])
         return Views(*(norm(view) for norm, view in zip(self.norms, views, strict=True)))
 
+    def norm_before(self) -> RMSNorm | None:
+        only = self.norms[0]
+        return only if len(self.norms) == 1 and isinstance(only, RMSNorm) else None
+
     def share_before(self, other: Placement) -> None:
         assert isinstance(other, Pre)
         self.norms = other.norms

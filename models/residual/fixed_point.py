@@ -1,36 +1,14 @@
-"""Rounding to a fixed-point grid, on which additions are exact and so can be undone."""
+"""Residuals whose streams may lie on a fixed-point grid, on which additions are exact and so can be undone."""
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.params import upcast
+from models.kernels.grid_add.reference import on_grid
 from models.slots import Opener, ResidualConfig
 from models.state import Entry, State
-
-
-class _OnGrid(torch.autograd.Function):
-    """A Function, because the usual x + (rounded - x).detach() is itself rounded, off the grid."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
-        ctx.dtype = x.dtype
-        return torch.round(upcast(x) * 2.0**bits) * 2.0**-bits
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].to(ctx.dtype), None
-
-
-def on_grid(x: Tensor, bits: int | None) -> Tensor:
-    """round(x 2^bits) / 2^bits, at least in float32, with the gradient of the identity. bits: None is no grid.
-
-    Sums of grid points are exact, in any order, while |x| 2^bits < 2^24 in float32 (2^53 in float64).
-    """
-    return x if bits is None else _OnGrid.apply(x, bits)  # type: ignore[return-value]
 
 
 def stream_type(bits: int | None) -> torch.dtype | None:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
+from models.kernels.grid_add import GridAdd
+from models.kernels.grid_add.reference import on_grid
 from models.limits import above_zero
-from models.residual.fixed_point import CopiesOnGrid, GridConfig, on_grid, stream_type
+from models.norms.base import Placement
+from models.residual.fixed_point import CopiesOnGrid, GridConfig, stream_type
 from models.residual.following import Following
 from models.slots import Closer, Connection, Opener
-from models.state import Entry, State, Views
+from models.state import Entry, Found, State, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +97,22 @@ class MidpointEnd(Connection):
 
     def __init__(self, d_model: int, factor: float, grid_bits: int | None) -> None:
         super().__init__()
-        self.factor, self.grid_bits = factor, grid_bits
+        self.factor, self.grid_bits, self.step = factor, grid_bits, GridAdd()
         self.writes = tuple(Entry(name, (d_model,), dtype=stream_type(grid_bits)) for name in ("x", "previous"))
 
     def read(self, state: State) -> tuple[Views, State]:
         return Views.same(state["x"] + state["delta"]), {}
 
+    def find(self, state: State, placement: Placement) -> Found:
+        norm = placement.norm_before()
+        if norm is None:
+            return super().find(state, placement)
+        return Found(Views.same(self.step(state["x"], (state["delta"],), 1, None, norm)[1]), {})
+
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
         others = {name: entry for name, entry in state.items() if name != "delta"}
-        added_BTD = on_grid(self.factor * (state["delta"] + out_BTD), self.grid_bits)
-        return {**others, "x": state["previous"] + added_BTD, "previous": state["x"]}
+        x_BTD, _ = self.step(state["previous"], (state["delta"], out_BTD), self.factor, self.grid_bits, None)
+        return {**others, "x": x_BTD, "previous": state["x"]}
 
     def unwritten(self, after: State) -> State:
         return {"x": after["previous"], "previous": torch.zeros_like(after["x"])}

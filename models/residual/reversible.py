@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.residual.fixed_point import CopiesOnGrid, GridConfig, on_grid, stream_type
+from models.kernels.grid_add import GridAdd
+from models.kernels.grid_add.reference import on_grid
+from models.norms.base import Placement
+from models.residual.fixed_point import CopiesOnGrid, GridConfig, stream_type
 from models.residual.following import Following
 from models.slots import Closer, Connection, Opener
-from models.state import Entry, State, Views
+from models.state import Entry, Found, State, Views
 
 STREAMS = ("x1", "x2")
 
@@ -56,7 +59,7 @@ class Coupling(Connection):
 
     def __init__(self, d_model: int, streams: tuple[str, ...], target: str, grid_bits: int | None) -> None:
         super().__init__()
-        self.target, self.grid_bits = target, grid_bits
+        self.target, self.grid_bits, self.step = target, grid_bits, GridAdd()
         self.reads = self.stream = streams
         self.writes = (Entry(target, (d_model,), dtype=stream_type(grid_bits)),)
 
@@ -64,11 +67,26 @@ class Coupling(Connection):
         others = (state[name] for name in self.reads if name != self.target)
         return Views.same(functools.reduce(torch.maximum, others)), {}
 
-    def rounded(self, out_BTD: Tensor) -> Tensor:
-        return on_grid(out_BTD, self.grid_bits)
+    def find(self, state: State, placement: Placement) -> Found:
+        views, kept = self.read(state)
+        norm = placement.norm_before()
+        if norm is None:
+            return Found(placement.before(views), kept)
+        # By the operation, so that a step that runs again has the bits that `hand_on` gave it.
+        return Found(Views.same(self.step(views.q_BTD, (), 1, None, norm)[1]), kept)
 
     def write(self, state: State, kept: State, out_BTD: Tensor) -> State:
-        return {**state, self.target: state[self.target] + self.rounded(out_BTD)}
+        return {**state, self.target: self.step(state[self.target], (out_BTD,), 1, self.grid_bits, None)[0]}
+
+    def hand_on(
+        self, state: State, kept: State, out_BTD: Tensor, following: Connection, placement: Placement
+    ) -> tuple[State, Found]:
+        norm = placement.norm_before()
+        if norm is None or len(self.reads) > 2:
+            return super().hand_on(state, kept, out_BTD, following, placement)
+        # Of two streams the next branch reads the one that this one writes.
+        x_BTD, normed_BTD = self.step(state[self.target], (out_BTD,), 1, self.grid_bits, norm)
+        return {**state, self.target: x_BTD}, Found(Views.same(normed_BTD), {})
 
     def unwritten(self, after: State) -> State:
         return {**after, self.target: torch.zeros_like(after[self.target])}
@@ -81,7 +99,7 @@ class Coupling(Connection):
         return mean(state, self.reads)
 
     def add(self, state: State, x_BTD: Tensor) -> State:
-        x_BTD = self.rounded(x_BTD)
+        x_BTD = on_grid(x_BTD, self.grid_bits)
         return {**state, **{name: state[name] + x_BTD for name in self.reads}}
 
 

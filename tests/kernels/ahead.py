@@ -14,12 +14,14 @@ from triton.runtime.jit import JITFunction
 
 from models.kernels.combine.triton import combine
 from models.kernels.depth_mix.triton import depth_mix
+from models.kernels.grid_add.triton import grid_add
 from models.kernels.handover.reading import Reading
 from models.kernels.handover.triton import handover
 from models.kernels.masked_gate.triton import masked_gate
 from models.kernels.normed_product.triton import normed_product
 from models.kernels.sinkhorn.triton import sinkhorn
 from models.kernels.stream_mix.triton import stream_mix
+from models.params import RMSNorm
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -76,6 +78,11 @@ def launch_all() -> None:
     shares = (draw(8, 1, **weights), draw(8, 2, **weights), draw(2, 2048))
     both_passes(combine(draw(16, 2048), draw(8, 2, **weights), None, draw(8, 2048), *shares))
     both_passes(sinkhorn(draw(8, 4, 4, **weights), 20))
+    norm = RMSNorm(2048, 1e-6).bfloat16()
+    for added in (), (draw(8, 2048),), (draw(8, 2048), draw(8, 2048)):
+        out, normed = grid_add(draw(8, 2048, **weights), added, 1.0, 14, norm)
+        assert normed is not None
+        both_passes([out, normed])
     streams = draw(32, 4, 2048), draw(32, 4, 4), draw(32, 1, 2048), draw(32, 1, 4), True
     small = draw(4, 1, **weights), draw(1, **weights)
     rows = Reading(normed_product, draw(2048, 6), draw(2048), draw(2048), 1e-5, *small, "tanh", 1)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.kernels.grid_add.reference import on_grid
 from models.lm import LM
 from models.params import initialize
-from models.residual.fixed_point import check_bits, on_grid
+from models.residual.fixed_point import check_bits
 from models.residual.midpoint import MidpointResidual, TwoStepResidual
 from models.residual.midpoint_smoothed import SmoothedMidpointResidual
 from models.residual.multi_split import MultiSplitResidual
