@@ -24,6 +24,7 @@ from models.kernels.stream_mix.triton import stream_mix
 from models.params import RMSNorm
 
 TARGET = GPUTarget("cuda", 90, 32)
+SHARED = 227 * 1024  # bytes of shared memory that a program may have there
 
 
 class NoDevice:
@@ -51,6 +52,8 @@ class Compiling:
     def install(self) -> None:
         def run(function: Any, *args: Any, **kwargs: Any) -> Any:
             kernel = self.run(function, *args, **{**kwargs, "warmup": True})
+            if kernel.metadata.shared > SHARED:
+                raise ValueError(f"{function.__name__} needs {kernel.metadata.shared} bytes of shared memory")
             self.sizes.setdefault(function.__name__, []).append(len(kernel.asm["cubin"]))
             return kernel
 
@@ -72,7 +75,9 @@ def launch_all() -> None:
     both_passes(depth_mix([draw(8, 2048) for _ in range(5)], draw(8, 4, 5, **weights)))
     both_passes(stream_mix(draw(8, 4, 2048), draw(8, 4, 4), draw(8, 1, 2048), draw(8, 1, 4)))
     both_passes(normed_product(draw(32, 2048), draw(2048, 6), draw(2048), draw(2048), 1e-5))
+    # Those of mHC, and of mHC-lite with the most streams that it takes.
     both_passes(normed_product(draw(8, 8192), draw(8192, 24), draw(8192), None, 1e-6))
+    both_passes(normed_product(draw(8, 3072), draw(3072, 732), draw(3072), None, 1e-6))
     total, probs, _, weight = masked_gate(draw(8, 12, **weights), draw(8, 12, **weights), 2, 11)
     both_passes([total, probs, weight])
     shares = (draw(8, 1, **weights), draw(8, 2, **weights), draw(2, 2048))
@@ -88,6 +93,8 @@ def launch_all() -> None:
     rows = Reading(normed_product, draw(2048, 6), draw(2048), draw(2048), 1e-5, *small, "tanh", 1)
     both_passes(list(handover(*streams, rows, lambda x: (x[..., :1].to(torch.bfloat16), {}), stream_mix)[:2]))
     flat = Reading(normed_product, draw(8192, 24), draw(8192), None, 1e-6, *small, "sigmoid", 5, flat=True)
+    many = Reading(normed_product, draw(8192, 732), draw(8192), None, 1e-6, *small, "sigmoid", 1, flat=True)
+    both_passes(list(handover(*streams, many, lambda x: (x[..., :4, None].to(torch.bfloat16), {}), stream_mix)[:2]))
     both_passes(list(handover(*streams, flat, lambda x: (x[..., :20:5, None].to(torch.bfloat16), {}), stream_mix)[:2]))
 
 
