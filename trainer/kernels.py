@@ -7,7 +7,7 @@ import torch
 
 from models.config import LMConfig
 from models.kernels.attention import Softmax
-from models.kernels.op import AUTO, Choice, Wanted, asked, choices, ops_of
+from models.kernels.op import AUTO, EVERY, Choice, Wanted, asked, choices, ops_of
 from models.lm import LM
 from parallel.context import goes_round
 from parallel.mesh import MeshConfig
@@ -42,7 +42,10 @@ def refuse(model: LMConfig, wanted: Wanted, mesh: MeshConfig) -> None:
 
 
 def refuse_beside_ring(wanted: Wanted) -> None:
-    own = AUTO if isinstance(wanted, str) else wanted.get(Softmax.name, AUTO)
+    """Raise ValueError for an attention that is asked for where a ring has its own."""
+    by_name = {EVERY: wanted} if isinstance(wanted, str) else wanted
+    every = by_name.get(EVERY, AUTO)
+    own = by_name.get(Softmax.name, every if every in Softmax.implementations else AUTO)
     if own != AUTO:
         raise ValueError(
             f"kernels.{Softmax.name} is {own}, and with mesh.context ring keys and values go round by an attention of "

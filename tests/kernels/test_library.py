@@ -129,6 +129,7 @@ def test_a_ring_has_an_attention_of_its_own() -> None:
     sentence = "kernels.attention is blocks, and with mesh.context ring .*; use auto, or mesh.context ulysses"
     for refuse in (
         lambda: line(CPU, torch.float32, {"attention": "blocks"}, ring),
+        lambda: line(CPU, torch.float32, "blocks", ring),
         lambda: kernels.refuse(build(), {"attention": "blocks"}, MeshConfig.parse(ring)),
     ):
         with pytest.raises(ValueError, match=sentence):
