@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.conv import FanInUniform, prepend, short_conv, tail
+from models.kernels.linear.choice import Recurrence, SlotRecurrence
 from models.kernels.linear.chunked import chunk_length
 from models.limits import at_least, shared_out
 from models.params import Axis, declare, upcast
@@ -74,7 +75,8 @@ class SharedHeadsConfig(MixerConfig):
 
 
 class LinearMixer(Mixer):
-    """A subclass defines `mix`, and calls `declare_convs` if it has convolutions.
+    """A subclass defines `mix`, and calls `declare_convs` if it has convolutions. One with a recurrence of matrices
+    holds it as `recurrence`; one whose value channels decay, as `slot_recurrence`.
 
     conv_size: tokens that a convolution sees. states: the cache's entries that start anew with a document.
     """
@@ -83,6 +85,11 @@ class LinearMixer(Mixer):
     conv_size = 0
     convolved: tuple[str, ...] = ()
     states: tuple[str, ...] = ("state",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrence: Recurrence | None = None
+        self.slot_recurrence: SlotRecurrence | None = None
 
     def declare_convs(self, widths: Mapping[str, tuple[Axis, int]], size: int, bias: bool = False) -> None:
         """A convolution over each of these heads, by their axis and width."""
@@ -130,7 +137,7 @@ class LinearMixer(Mixer):
             goes_on_B = (documents_BT[:, 0] == before_B1[:, 0]) | (documents_BT[:, 0] < 0)
             for name in self.states:
                 before[name] = past[name] * goes_on_B.view(-1, *(1,) * (past[name].dim() - 1))
-        rule = Recurrences(documents_BT, before_B1)
+        rule = Recurrences(documents_BT, before_B1, self.recurrence, self.slot_recurrence)
         out_BTHV, after = self.mix(x, weights, before, rule, side.positions_BT)
         if cache is None or documents_BS is None or real_B is None:
             return out_BTHV, None
@@ -161,7 +168,7 @@ class LinearMixer(Mixer):
             before_R1 = documents_RS[:, -documents_RC.shape[1] - 1, None]
         seen = {name: torch.cat([group.before(x[name], self.conv_size - 1), x[name]], 1) for name in self.convolved}
         x |= self.convolve(seen, weights, documents_RS)
-        rule = SpreadRecurrences(documents_RC, before_R1, group)
+        rule = SpreadRecurrences(documents_RC, before_R1, group, self.recurrence, self.slot_recurrence)
         return group.joined(self.mix(x, weights, {}, rule, group.rows(side.positions_BT))[0])
 
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.buffers import reset_buffers
+from models.kernels.library import Library
 from models.kernels.op import FLOAT8, REFERENCE, Op, without_float8
-from models.kernels.rms_norm import rms_norm
+from models.kernels.rms_norm import rms_norm, rms_norm_rows, rms_norm_torch
 from models.limits import check_size
 
 
@@ -239,8 +240,13 @@ class NoOutput(nn.Module):
         return x_ND.new_zeros(1).expand(*x_ND.shape[:-1], self.width)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Library):
     """`x * weight / sqrt(mean(x^2) + eps)` over the last dimension (Zhang & Sennrich, arXiv 1910.07467)."""
+
+    name = "rms_norm"
+    reference: ClassVar[Callable[..., Any]] = staticmethod(rms_norm_torch)
+    automatic: ClassVar[Callable[..., Any]] = staticmethod(rms_norm)
+    implementations = MappingProxyType({"rows": rms_norm_rows, "torch": rms_norm_torch})
 
     weight: nn.Parameter
 
@@ -249,8 +255,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         declare(self, "weight", (dim,), Constant(init))
 
+    def order(self, device: torch.device) -> tuple[str, ...]:
+        return ("rows",) if device.type == "cpu" else ("torch",)
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self.call(x, self.weight, self.eps)
 
 
 def upcast(x: Tensor) -> Tensor:

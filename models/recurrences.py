@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from models.kernels.diagonal import scan, scan_pairs, times_pairs
-from models.kernels.linear.choice import matrix_recurrence
+from models.kernels.linear.choice import Recurrence, SlotRecurrence
 from models.kernels.linear.passing import passing
+from models.kernels.linear.recurrent import recurrent
 from models.sequence_group import SequenceGroup
 
 Rule = Callable[..., tuple[Tensor, Tensor]]  # as `Recurrences.__call__`
@@ -20,10 +21,17 @@ Times = Callable[[Tensor, Tensor], Tensor]
 
 class Recurrences:
     """Of whole sequences. documents_BT: None where each row is one document. before_B1: that of the token in front, -1
-    for none."""
+    for none. matrices, slots: how those of matrices are computed, without and with decays of value channels."""
 
-    def __init__(self, documents_BT: Tensor | None, before_B1: Tensor | None) -> None:
+    def __init__(
+        self,
+        documents_BT: Tensor | None,
+        before_B1: Tensor | None,
+        matrices: Recurrence | None = None,
+        slots: SlotRecurrence | None = None,
+    ) -> None:
         self.documents_BT, self.before_B1 = documents_BT, before_B1
+        self.matrices, self.slots = matrices, slots
 
     def __call__(
         self,
@@ -38,17 +46,26 @@ class Recurrences:
         state_BJKV: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Of matrices; see `models.kernels.linear.recurrent`."""
-        return matrix_recurrence(
+        decay = {} if value_g_BTJV is None else {"value_g_BTJV": value_g_BTJV}
+        return self.form(k_BTHK, value_g_BTJV)(
             q_BTHK,
             k_BTHK,
             v_BTJV,
             g,
             beta_BTJ,
             scale=scale,
-            value_g_BTJV=value_g_BTJV,
             documents_BT=self.documents_BT,
             state_BJKV=self.state_before(k_BTHK, v_BTJV, g, beta_BTJ, value_g_BTJV, state_BJKV),
+            **decay,
         )
+
+    def form(self, k_BTHK: Tensor, value_g_BTJV: Tensor | None) -> Rule:
+        """What computes a recurrence of matrices. One token is decoded by the definition, whatever a run chose."""
+        if k_BTHK.shape[1] == 1:
+            return recurrent
+        operation = self.matrices if value_g_BTJV is None else self.slots
+        assert operation is not None, "a mixer with a recurrence of matrices holds its `Recurrence` or `SlotRecurrence`"
+        return operation.call
 
     def state_before(
         self,
@@ -87,8 +104,15 @@ class SpreadRecurrences(Recurrences):
     plain writes).
     """
 
-    def __init__(self, documents_BT: Tensor | None, before_B1: Tensor | None, group: SequenceGroup) -> None:
-        super().__init__(documents_BT, before_B1)
+    def __init__(
+        self,
+        documents_BT: Tensor | None,
+        before_B1: Tensor | None,
+        group: SequenceGroup,
+        matrices: Recurrence | None = None,
+        slots: SlotRecurrence | None = None,
+    ) -> None:
+        super().__init__(documents_BT, before_B1, matrices, slots)
         self._group = group
 
     def state_before(
@@ -101,7 +125,8 @@ class SpreadRecurrences(Recurrences):
         past_BJKV: Tensor | None,
     ) -> Tensor:
         assert past_BJKV is None, "decoding does not run where a sequence is spread out"
-        through, final_BJKV = passing(k_BTHK, v_BTJV, g, beta_BTJ, value_g_BTJV, self.documents_BT)
+        form = self.form(k_BTHK, value_g_BTJV)
+        through, final_BJKV = passing(k_BTHK, v_BTJV, g, beta_BTJ, value_g_BTJV, self.documents_BT, form)
         return self._before(through, final_BJKV, torch.mul if beta_BTJ is None else torch.matmul)
 
     def scan(self, decay_BT: Tensor, x_BT: Tensor, state_B: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.boundary import Core, LocalCore
 from models.config import LMConfig
+from models.kernels.attention import Softmax
 from models.lm import LM
 from models.slots import Cache
 from models.state import Side
@@ -108,6 +109,13 @@ def parallelize(model: LM, mesh: Mesh) -> None:
             branch.run_core = InPlaceCore(mesh.cp)
         else:
             branch.run_core = UlyssesCore(mesh.cp, order)
+
+
+def goes_round(model: LM, mesh: MeshConfig) -> bool:
+    """Whether softmax attention is a ring's, in all mixers that have it."""
+    mixers = [layer.mixer.branch.mixer for layer in model.blocks]
+    having = [mixer for mixer in mixers if any(isinstance(part, Softmax) for part in mixer.modules())]
+    return mesh.context == "ring" and bool(having) and all(mixer.in_place for mixer in having)
 
 
 def exchanging(config: LMConfig, mesh: MeshConfig) -> str | None:

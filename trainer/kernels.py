@@ -6,23 +6,51 @@ from typing import TYPE_CHECKING
 import torch
 
 from models.config import LMConfig
-from models.kernels.op import Choice, Wanted, asked, choices, ops_of
+from models.kernels.attention import Softmax
+from models.kernels.op import AUTO, EVERY, Choice, Wanted, asked, choices, ops_of
 from models.lm import LM
+from parallel.context import goes_round
+from parallel.mesh import MeshConfig
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
 
 
-def chosen(model: LMConfig, wanted: Wanted, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
+RING = "ring"  # attention's, of ranks that pass keys and values on
+
+
+def chosen(
+    model: LMConfig, wanted: Wanted, device: torch.device, dtype: torch.dtype, mesh: MeshConfig | None = None
+) -> dict[str, Choice]:
     """By the name of each operation that the model has. Raises ValueError for what cannot be called, or is not one."""
     with torch.device("meta"):
-        return choices(LM(model), wanted, device, dtype)
+        whole = LM(model)
+    by_name = choices(whole, wanted, device, dtype)
+    if mesh is not None and goes_round(whole, mesh):
+        refuse_beside_ring(wanted)
+        by_name[Softmax.name] = Choice(RING)
+    return by_name
 
 
-def refuse(model: LMConfig, wanted: Wanted) -> None:
+def refuse(model: LMConfig, wanted: Wanted, mesh: MeshConfig) -> None:
     """Raise ValueError for an operation or an implementation that there is not. Where it runs is known later."""
     with torch.device("meta"):
-        asked(LM(model), wanted)
+        whole = LM(model)
+    asked(whole, wanted)
+    if goes_round(whole, mesh):
+        refuse_beside_ring(wanted)
+
+
+def refuse_beside_ring(wanted: Wanted) -> None:
+    """Raise ValueError for an attention that is asked for where a ring has its own."""
+    by_name = {EVERY: wanted} if isinstance(wanted, str) else wanted
+    every = by_name.get(EVERY, AUTO)
+    own = by_name.get(Softmax.name, every if every in Softmax.implementations else AUTO)
+    if own != AUTO:
+        raise ValueError(
+            f"kernels.{Softmax.name} is {own}, and with mesh.context ring keys and values go round by an attention of "
+            f"its own; use {AUTO}, or mesh.context ulysses"
+        )
 
 
 def choose(config: "RunConfig", models: Iterable[LM], device: str) -> dict[str, Choice]:
@@ -30,11 +58,13 @@ def choose(config: "RunConfig", models: Iterable[LM], device: str) -> dict[str, 
 
     Raises ValueError for what cannot be called there.
     """
-    by_name = chosen(config.model, config.kernels, torch.device(device), getattr(torch, config.train.dtype))
+    dtype = getattr(torch, config.train.dtype)
+    by_name = chosen(config.model, config.kernels, torch.device(device), dtype, config.mesh)
     for model in models:
         for name, ops in ops_of(model).items():
             for op in ops:
-                op.choose(by_name[name].implementation)
+                if by_name[name].implementation != RING:
+                    op.choose(by_name[name].implementation)
     return by_name
 
 

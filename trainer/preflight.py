@@ -71,7 +71,7 @@ def refuse_run(config: RunConfig) -> None:
     except ValueError as error:
         raise at("engine", str(error)) from error
     try:
-        kernels.refuse(config.model, config.kernels)
+        kernels.refuse(config.model, config.kernels, config.mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     refuse_optim(config.model, config.optim)

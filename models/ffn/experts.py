@@ -8,7 +8,7 @@ import dataclasses
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels.grouped_mm import grouped_mm
+from models.kernels.grouped_mm import GroupedMM
 from models.params import Axis, Linear, Normal, declare
 
 
@@ -17,6 +17,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, d_model: int, hidden: int, output_init: Normal) -> None:
         super().__init__()
+        self.grouped_mm = GroupedMM(d_model, hidden)
         experts, ffn = Axis("experts", num_experts), Axis("expert_ffn", hidden)
         self.gate: nn.Parameter
         self.up: nn.Parameter
@@ -38,8 +39,9 @@ class Experts(nn.Module):
         if parts > 1:
             gate, up = (w.unflatten(2, (parts, -1)).movedim(2, 1).flatten(0, 1) for w in (gate, up))
             down = down.unflatten(1, (parts, -1)).flatten(0, 1)
-        h_MF = F.silu(grouped_mm(x_MD, gate, counts_E)) * grouped_mm(x_MD, up, counts_E)
-        return grouped_mm(h_MF, down, counts_E)
+        product = self.grouped_mm.call
+        h_MF = F.silu(product(x_MD, gate, counts_E)) * product(x_MD, up, counts_E)
+        return product(h_MF, down, counts_E)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,16 @@
 Shape suffixes: M rows, K and N inner and outer width, E groups.
 """
 
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.contiguous import ContiguousGradient
+from models.kernels.library import Library
 
 ALIGNMENT = 16  # bytes: what F.grouped_mm asks of every row
 
@@ -16,15 +21,28 @@ def grouped_mm(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
     """`out[m] = a[m] @ b[e]`, where e is the group of row m. Returns [M, N].
 
     counts_E: rows of each group (integers, sum M); the rows of group 0 come first. Groups may be empty, and M may be 0.
-    One fused call, without waiting for the device, for types below float64 whose rows are multiples of 16 bytes;
-    otherwise `grouped_mm_loop`.
+    By `grouped_mm_torch` for types below float64 whose rows are multiples of 16 bytes, otherwise by `grouped_mm_loop`.
     """
-    aligned = all(width * a_MK.element_size() % ALIGNMENT == 0 for width in b_EKN.shape[1:])
-    if a_MK.dtype == torch.float64 or not aligned:
-        return grouped_mm_loop(a_MK, b_EKN, counts_E)
+    aligned = a_MK.dtype != torch.float64 and not any(short(width, a_MK.dtype) for width in b_EKN.shape[1:])
+    return (grouped_mm_torch if aligned else grouped_mm_loop)(a_MK, b_EKN, counts_E)
+
+
+def short(width: int, dtype: torch.dtype) -> int:
+    """Elements that a row of this width lacks to what F.grouped_mm takes."""
+    return -width % (ALIGNMENT // dtype.itemsize)
+
+
+def grouped_mm_torch(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
+    """One fused call, without waiting for the device, below float64. Ranks may share out a width in parts that are
+    not multiples of 16 bytes, which get zeros behind them."""
+    inner, outer = b_EKN.shape[1:]
+    missing_K, missing_N = short(inner, a_MK.dtype), short(outer, a_MK.dtype)
+    if missing_K or missing_N:
+        a_MK, b_EKN = F.pad(a_MK, (0, missing_K)), F.pad(b_EKN, (0, missing_N, 0, missing_K))
     ends_E = counts_E.cumsum(0).to(torch.int32)
     # Its backward refuses gradients with strides of 0, such as those of a sum.
-    return ContiguousGradient.apply(F.grouped_mm(a_MK.contiguous(), b_EKN, offs=ends_E))
+    out_MN = ContiguousGradient.apply(F.grouped_mm(a_MK.contiguous(), b_EKN, offs=ends_E))
+    return out_MN[:, :outer] if missing_N else out_MN
 
 
 def grouped_mm_loop(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
@@ -33,3 +51,29 @@ def grouped_mm_loop(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
     counts = [len(a_MK), *[0] * (len(b_EKN) - 1)] if a_MK.is_meta else counts_E.tolist()
     groups = a_MK.split(counts)
     return torch.cat([rows @ b_KN for rows, b_KN in zip(groups, b_EKN.unbind(), strict=True)])
+
+
+class GroupedMM(Library):
+    """`grouped_mm` with matrices of these inner and outer widths, before ranks share them out."""
+
+    name = "grouped_mm"
+    reference: ClassVar[Callable[..., Any]] = staticmethod(grouped_mm_loop)
+    automatic: ClassVar[Callable[..., Any]] = staticmethod(grouped_mm)
+    implementations = MappingProxyType({"torch": grouped_mm_torch, "loop": grouped_mm_loop})
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.widths = widths
+
+    def order(self, device: torch.device) -> tuple[str, ...]:
+        return ("torch", "loop")
+
+    def refusal(self, implementation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        if implementation != "torch":
+            return None
+        if dtype == torch.float64:
+            return "its products are of types below float64"
+        for width in self.widths:
+            if short(width, dtype):
+                return f"its rows are multiples of {ALIGNMENT} bytes, where these have {width * dtype.itemsize}"
+        return None

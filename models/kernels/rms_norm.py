@@ -1,6 +1,6 @@
 """RMSNorm with its derivative written out, for CPUs, where torch differentiates a chain of whole-tensor operations.
 
-`F.rms_norm` is the plain reference. Shape suffixes: N tokens, D width.
+`F.rms_norm` is the reference. Shape suffixes: N tokens, D width.
 """
 
 from typing import Any
@@ -17,8 +17,17 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
     Returns the type of the weight, which is that of the computation: a float32 stream goes into a bfloat16 branch.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.rms_norm(x, x.shape[-1:], weight_D.to(x.dtype), eps).to(weight_D.dtype)
+    return (rms_norm_rows if x.device.type == "cpu" else rms_norm_torch)(x, weight_D, eps)
+
+
+def rms_norm_torch(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight_D.to(x.dtype), eps).to(weight_D.dtype)
+
+
+def rms_norm_rows(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """By blocks of rows, with a derivative of its own, but in what is compiled: there a compiler writes both out."""
+    if torch.compiler.is_compiling():
+        return rms_norm_torch(x, weight_D, eps)
     return _RMSNorm.apply(x, weight_D, eps)
 
 

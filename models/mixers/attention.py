@@ -84,13 +84,14 @@ class AttentionConfig(MixerConfig, kind="attention"):
 
 
 class Attention(Mixer):
-    """`reading` is what a relative of softmax attention has of its own."""
+    """`reading` is what a relative of softmax attention has of its own; it then has no `softmax`."""
 
     in_place = True
 
     def __init__(self, config: AttentionConfig, ctx: LayerContext, head_dim: int) -> None:
         super().__init__()
         self.config, self.head_dim = config, head_dim
+        self.softmax: Softmax | None = Softmax()
         heads, (kv_heads, _) = config.num_heads, config.value_shape(ctx.d_model)
         axis, kv_axis = Axis("heads", heads), Axis("kv_heads", kv_heads)
         self.q = Linear(ctx.d_model, heads * head_dim, axis=axis, bias=config.qkv_bias)
@@ -119,7 +120,8 @@ class Attention(Mixer):
 
     def reading(self, heads: dict[str, Tensor], weights: dict[str, Tensor]) -> Attend:
         """From scores to outputs. heads, weights: as `core` sees them, before positions."""
-        return Softmax()
+        assert self.softmax is not None, "what has no softmax reads in its own way"
+        return self.softmax
 
     def turned(self, q_BTHK: Tensor, k_BTJK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys with their positions."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.context import LayerContext
+from models.kernels.linear.choice import Recurrence
 from models.limits import at_least, head_width
 from models.linear import LinearMixer, normalized, rule_flops
 from models.params import Axis, Linear, upcast
@@ -68,6 +69,7 @@ class Based(LinearMixer):
         self.k = Linear(ctx.d_model, heads * feature, axis=axis)
         self.v = Linear(ctx.d_model, heads * self.value, axis=axis)
         self.o = Linear(heads * self.value, ctx.d_model, in_axis=axis, init=ctx.output_init)
+        self.recurrence = Recurrence(wide=True)
 
     def project(self, views: Views, inputs: State, side: Side) -> Projected:
         heads = {

@@ -39,5 +39,9 @@ class ClippedAttention(Attention):
     in_place = False  # a weight is clipped once the sum over all keys is known
     config: ClippedSoftmaxConfig
 
+    def __init__(self, config: ClippedSoftmaxConfig, ctx: LayerContext, head_dim: int) -> None:
+        super().__init__(config, ctx, head_dim)
+        self.softmax = None
+
     def reading(self, heads: dict[str, Tensor], weights: dict[str, Tensor]) -> Attend:
         return ClippedSoftmax(self.config.gamma, self.config.zeta)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
+from models.kernels.linear.choice import Recurrence
 from models.limits import at_least, head_width
 from models.linear import LinearMixer, key_gated, rule_flops, unit
 from models.params import Axis, Linear, RMSNorm, upcast
@@ -70,6 +71,7 @@ class DeltaNet(LinearMixer):
         self.o = Linear(inner, ctx.d_model, in_axis=axis, init=ctx.output_init)
         self.norm = RMSNorm(self.width, ctx.norm_eps)
         self.declare_convs({name: (axis, self.width) for name in ("q", "k", "v")}, config.conv_size)
+        self.recurrence = Recurrence(delta_key=self.width)
 
     def project(self, views: Views, inputs: State, side: Side) -> Projected:
         beta_BTH = upcast(self.beta(views.k_BTD)).sigmoid()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.context import LayerContext
+from models.kernels.linear.choice import Recurrence
 from models.limits import at_least
 from models.linear import LinearMixer, LogUniform, TimeStepBias, key_gated, refuse_ungrouped, rule_flops, unit
 from models.params import Axis, Linear, RMSNorm, declare, upcast
@@ -92,6 +93,7 @@ class GatedDeltaNet(LinearMixer):
         declare(self, "dt_bias", (value_heads,), TimeStepBias(), (axis,), decay=False)
         convs = {"q": (key_axis, key), "k": (key_axis, key), "v": (axis, value)}
         self.declare_convs(convs, config.conv_size, config.conv_bias)
+        self.recurrence = Recurrence(delta_key=key)
 
     def project(self, views: Views, inputs: State, side: Side) -> Projected:
         key, value = self.config.head_dim, self.value_width

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
+from models.kernels.linear.choice import Recurrence
 from models.limits import above_zero, at_least
 from models.linear import LinearMixer, SharedHeadsConfig, key_gated, rule_flops
 from models.params import Axis, Linear, RMSNorm, upcast
@@ -70,6 +71,7 @@ class GLA(LinearMixer):
         self.gate = Linear(ctx.d_model, heads * self.value, axis=axis) if config.output_gate else None
         self.o = Linear(heads * self.value, ctx.d_model, in_axis=axis, init=ctx.output_init)
         self.norm = RMSNorm(self.value, ctx.norm_eps)
+        self.recurrence = Recurrence()
         if config.conv_size is not None:
             widths = {"q": (axis, self.key), "k": (kv_axis, self.key), "v": (kv_axis, self.value)}
             self.declare_convs(widths, config.conv_size)

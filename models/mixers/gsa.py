@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.context import LayerContext
 from models.head_norm import NormedOutput
+from models.kernels.linear.choice import Recurrence, SlotRecurrence
 from models.limits import above_zero, at_least
 from models.linear import LinearMixer, SharedHeadsConfig, key_gated, rule_flops
 from models.params import Axis, Linear, upcast
@@ -66,6 +67,7 @@ class GSA(LinearMixer):
         self.forget = Linear(ctx.d_model, kv_heads * config.num_slots, axis=kv_axis, role="gate")
         output = Linear(heads * self.value, ctx.d_model, in_axis=axis, init=ctx.output_init)
         self.o = NormedOutput(heads, self.value, output, ctx.norm_eps)
+        self.recurrence, self.slot_recurrence = Recurrence(), SlotRecurrence()
 
     def project(self, views: Views, inputs: State, side: Side) -> Projected:
         heads = {

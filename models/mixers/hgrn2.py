@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.context import LayerContext
 from models.head_norm import NormedOutput
+from models.kernels.linear.choice import Recurrence
 from models.limits import at_least
 from models.linear import LinearMixer, key_gated, rule_flops, whole
 from models.lower_bounds import forgetting, share_bounds
@@ -71,6 +72,7 @@ class HGRN2(LinearMixer):
         self.v = Linear(ctx.d_model, heads * self.value, axis=axis)
         output = Linear(heads * self.value, ctx.d_model, in_axis=axis, init=ctx.output_init)
         self.o = NormedOutput(heads, self.value, output, ctx.norm_eps)
+        self.recurrence = Recurrence()
         self.bounds: nn.Module | None = None
         if config.lower_bounds:
             self.bounds, self.nth = share_bounds(ctx, heads, self.key)

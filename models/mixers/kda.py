@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.context import LayerContext
+from models.kernels.linear.choice import Recurrence
 from models.limits import at_least
 from models.linear import LinearMixer, LogUniform, TimeStepBias, key_gated, refuse_ungrouped, rule_flops, unit, whole
 from models.params import Axis, Constant, Linear, RMSNorm, declare, upcast
@@ -92,6 +93,7 @@ class KDA(LinearMixer):
         declare(self, "A_log", (value_heads,), rate, (axis,), decay=False)
         declare(self, "dt_bias", (value_heads, key), TimeStepBias(), (axis, None), decay=False)
         self.declare_convs({"q": (key_axis, key), "k": (key_axis, key), "v": (axis, value)}, config.conv_size)
+        self.recurrence = Recurrence(delta_key=key)
 
     def project(self, views: Views, inputs: State, side: Side) -> Projected:
         config, key = self.config, self.config.head_dim

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
+from models.kernels.linear.choice import Recurrence
 from models.limits import above_zero, at_least, head_width
 from models.linear import LinearMixer, key_gated, normalized, rule_flops
 from models.params import Axis, Linear
@@ -67,6 +68,7 @@ class LinearAttention(LinearMixer):
         self.k = Linear(ctx.d_model, inner, axis=axis)
         self.v = Linear(ctx.d_model, inner, axis=axis)
         self.o = Linear(inner, ctx.d_model, in_axis=axis, init=ctx.output_init)
+        self.recurrence = Recurrence(wide=config.normalize)
 
     def project(self, views: Views, inputs: State, side: Side) -> Projected:
         heads = {

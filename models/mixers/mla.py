@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
-from models.kernels.attention import as_bias, as_gated_bias, attend, attend_causal, visibility
+from models.kernels.attention import Softmax, as_bias, as_gated_bias, attend, visibility
 from models.limits import at_least
 from models.params import Axis, Linear, RMSNorm, upcast
 from models.rope import angles, rotate_half, rotate_interleaved
@@ -75,6 +75,7 @@ class MLA(Mixer):
     def __init__(self, config: MLAConfig, ctx: LayerContext) -> None:
         super().__init__()
         self.config, heads = config, config.num_heads
+        self.softmax = Softmax()
         self.own_values = ctx.own_values
         self.width = config.head_dim + config.shared_dim
         self.query_gain = ctx.attention_gain(self.width)
@@ -126,14 +127,14 @@ class MLA(Mixer):
         if cache is None and gate_BS is None:
             documents_BT = None if side.documents is None else side.documents_BT
             k_BSHN = self.keys(new, w_HKC)
-            return attend_causal(q_BTHN, k_BSHN, heads["v"], positions_BT, documents_BT, None), None
+            return self.softmax.causal(q_BTHN, k_BSHN, heads["v"], positions_BT, documents_BT, None), None
         documents_BT = side.documents_BT if side.documents is not None else torch.zeros_like(positions_BT)
         assert documents_BT is not None
         new |= {"positions": positions_BT, "documents": documents_BT}
         new |= {} if self.own_values or ALL_VALUES in heads else {"v": heads["v"]}
         new |= {} if gate_BS is None else {KEY_GATE: gate_BS}
         if not cache and side.documents is None and gate_BS is None:
-            return attend(q_BTHN, self.keys(new, w_HKC), heads["v"], None), new
+            return self.softmax.causal(q_BTHN, self.keys(new, w_HKC), heads["v"], positions_BT, None, None), new
         seen = {name: torch.cat([cache[name], x], 1) for name, x in new.items()} if cache else new
         visible_BTS = visibility(positions_BT, documents_BT, seen["positions"], seen["documents"], None)
         if gate_BS is None:

@@ -52,6 +52,7 @@ class PersistentMemory(Attention):
 
     def __init__(self, config: PersistentMemoryConfig, ctx: LayerContext, head_dim: int) -> None:
         super().__init__(config, ctx, head_dim)
+        self.softmax = None
         kv_heads, _ = config.value_shape(ctx.d_model)
         shape, axes = (kv_heads, config.slots, head_dim), (Axis("kv_heads", kv_heads), None, None)
         declare(self, "memory_k", shape, Normal(head_dim**-0.5), axes)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.context import LayerContext
+from models.kernels.linear.choice import Recurrence
 from models.limits import at_least
 from models.linear import LinearMixer, key_gated, rule_flops, whole
 from models.params import Axis, Linear, upcast
@@ -76,6 +77,7 @@ class Retention(LinearMixer):
         self.v = Linear(ctx.d_model, heads * self.value, axis=axis)
         self.gate = Linear(ctx.d_model, heads * self.value, axis=axis) if config.output_gate else None
         self.o = Linear(heads * self.value, ctx.d_model, in_axis=axis, init=ctx.output_init)
+        self.recurrence = Recurrence()
 
     def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:
         """The decays of all heads, of which tensor ranks take theirs."""

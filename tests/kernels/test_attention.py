@@ -1,10 +1,12 @@
 """Blocked causal attention against torch's with an explicit mask, outputs and gradients, at awkward sizes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from models.kernels.attention import as_bias, attend, blocked, visibility
+from models.kernels.attention import as_bias, attend, attend_sdpa, blocked, visibility
 from models.kernels.attention.blocked import attend_blocked
 from tests.compilers import needs_compiler
 
@@ -45,6 +47,19 @@ def test_equals_attention_with_a_mask(
     dtype: torch.dtype, shape: str, packed: bool, window: int | None, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocked, "KEPT_BYTES", kept)
+    compare(attend_blocked, dtype, shape, packed, window)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_that_of_torch_equals_it_too(dtype: torch.dtype, shape: str, packed: bool, window: int | None) -> None:
+    compare(attend_sdpa, dtype, shape, packed, window)
+
+
+def compare(function: Callable[..., Tensor], dtype: torch.dtype, shape: str, packed: bool, window: int | None) -> None:
+    """Outputs and gradients with those of attention with a mask, in float64."""
     batch, length, heads, key_heads, key, value = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
     sizes = [(heads, key), (key_heads, key), (key_heads, value)]
@@ -53,7 +68,7 @@ def test_equals_attention_with_a_mask(
     documents_BT, positions_BT = places(batch, length, packed)
 
     q, k, v = inputs
-    out = attend_blocked(q, k, v, positions_BT, documents_BT, window)
+    out = function(q, k, v, positions_BT, documents_BT, window)
     assert out.dtype == dtype
     got = (out, *torch.autograd.grad(out, inputs, cotangent))
 

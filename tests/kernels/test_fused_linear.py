@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from models.kernels.linear import fused as module
-from models.kernels.linear.choice import matrix_recurrence
-from models.kernels.linear.fused import fits, fused
+from models.kernels.linear.choice import Recurrence
+from models.kernels.linear.fused import fused, without_fla
 from models.kernels.linear.recurrent import recurrent
+from models.kernels.op import ops_of
+from models.lm import LM
+from models.params import initialize
+from tests.contract.tiny import build
 from tests.kernels.test_linear import RULES, documents, operands, results
 
 NAMES = {
@@ -85,18 +89,36 @@ def test_every_rule_but_that_of_value_channels_has_a_kernel() -> None:
     assert RULES.keys() - NAMES.keys() == {"gated slots"}
 
 
-def test_where_they_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_they_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(module, "installed", lambda: True)
-    assert fits("cuda", torch.bfloat16, 256, True) and fits("cuda", torch.bfloat16, 512, False)
-    assert not fits("cuda", torch.bfloat16, 257, True), "wider than their delta rule takes"
-    assert not fits("cuda", torch.float32, 64, True) and not fits("cpu", torch.bfloat16, 64, True)
+    assert without_fla(gpu, torch.bfloat16, 256) is None and without_fla(gpu, torch.bfloat16, None) is None
+    assert without_fla(gpu, torch.bfloat16, 257) == (
+        "its delta rule takes keys of up to 256 channels, where these have 257"
+    )
+    assert without_fla(gpu, torch.float32, 64) == "its kernels are called in bfloat16, where this is float32"
+    assert without_fla(cpu, torch.bfloat16, 64) == "its kernels need a GPU, where this is cpu"
     monkeypatch.setattr(module, "installed", lambda: False)
-    assert not fits("cuda", torch.bfloat16, 64, False)
+    assert without_fla(gpu, torch.bfloat16, None) == "flash-linear-attention is not installed"
 
 
-def test_a_cpu_calls_none_of_them(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_built_a_cpu_calls_none_of_them(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "installed", lambda: True)
     x = {name: value.bfloat16() for name, value in operands(5).items()}
     state = x.pop("state")
-    matrix_recurrence(*x.values(), scale=1.0, state_BJKV=state)
+    Recurrence(delta_key=5)(*x.values(), scale=1.0, state_BJKV=state)
     assert calls == []
+
+
+def test_where_fla_is_chosen_a_mixer_calls_it_but_for_one_token(calls: list[str]) -> None:
+    config = build(mixer={"kind": "gated_deltanet", "num_heads": 2, "head_dim": 4}, num_layers=2)
+    model = LM(config).double()
+    initialize(model, 0)
+    tokens = torch.randint(config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+    expected = model(tokens).logits
+    for op in ops_of(model)["recurrence"]:
+        op.choose("fla")
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-10, atol=1e-10)
+    assert calls == ["gated_delta_rule"] * 2
+    model(tokens[:, :1])
+    assert calls == ["gated_delta_rule"] * 2

@@ -1,10 +1,12 @@
 """The grouped matrix product against a per-row oracle, outputs and gradients, at awkward sizes."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
-from models.kernels.grouped_mm import grouped_mm, grouped_mm_loop
+from models.kernels.grouped_mm import grouped_mm, grouped_mm_loop, grouped_mm_torch
 
 CASES = {
     "plain": ([3, 2, 4], 16, 24),
@@ -23,8 +25,13 @@ def by_row(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
     return torch.einsum("mk,mkn->mn", a_MK, b_EKN[group_M])
 
 
-@pytest.mark.parametrize("function", [grouped_mm, grouped_mm_loop])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [
+        *itertools.product((grouped_mm, grouped_mm_loop), TOLERANCE),
+        *itertools.product((grouped_mm_torch,), (torch.float32, torch.bfloat16)),  # it is refused in float64
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_a_product_per_row(function, dtype: torch.dtype, case: str) -> None:
     counts, inner, outer = CASES[case]

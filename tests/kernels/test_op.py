@@ -25,10 +25,11 @@ def there(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 def test_auto_goes_by_the_device(there: bool) -> None:
     chosen = kernels.chosen(build(residual="mudd"), "auto", CPU, torch.float32)
-    assert kernels.line(chosen) == "kernels: depth_mix reference, linear reference"
+    assert kernels.line(chosen) == "kernels: attention blocks, depth_mix reference, linear reference, rms_norm rows"
     chosen = kernels.chosen(build(residual="mudd"), "auto", GPU, torch.float32)
     reason = " (triton: Triton is not installed (pip install 'weft[triton]'))"
-    assert kernels.line(chosen) == f"kernels: depth_mix {'triton' if there else 'reference' + reason}, linear reference"
+    mixed = "triton" if there else "reference" + reason
+    assert kernels.line(chosen) == f"kernels: attention sdpa, depth_mix {mixed}, linear reference, rms_norm torch"
 
 
 def test_what_cannot_be_called_is_refused(there: bool) -> None:
@@ -45,9 +46,14 @@ def test_what_cannot_be_called_is_refused(there: bool) -> None:
         ({"depth_mix": "cuda"}, "kernels.depth_mix is 'cuda'; use one of auto, triton, reference"),
         (
             {"depthmix": "triton"},
-            "kernels.depthmix is given, and the model has no operation of this name; it has depth_mix, linear",
+            "kernels.depthmix is given, and the model has no operation of this name; it has attention, depth_mix, "
+            "linear, rms_norm",
         ),
-        ("cuda", "kernels is 'cuda', which no operation of the model has; use one of auto, reference, triton, float8"),
+        (
+            "cuda",
+            "kernels is 'cuda', which no operation of the model has; use one of auto, reference, blocks, sdpa, triton, "
+            "float8, rows, torch",
+        ),
     ],
 )
 def test_what_is_not_there_is_refused(wanted: Any, sentence: str) -> None:
@@ -61,8 +67,8 @@ def test_one_word_for_all_and_one_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     wanted = {"default": "reference", "stream_mix": "triton"}
     found = {name: choice.implementation for name, choice in kernels.chosen(model, wanted, GPU, torch.float32).items()}
     others = ("combine", "handover", "linear", "masked_gate", "normed_product")
-    assert found == {**dict.fromkeys(others, "reference"), "stream_mix": "triton"}
-    assert kernels.line(kernels.chosen(build(), "auto", CPU, torch.float32)) == "kernels: linear reference"
+    library = {"attention": "sdpa", "grouped_mm": "loop", "rms_norm": "torch"}
+    assert found == {**dict.fromkeys(others, "reference"), "stream_mix": "triton", **library}
 
 
 def test_what_is_chosen_is_called() -> None:

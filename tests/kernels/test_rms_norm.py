@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.kernels.rms_norm import rms_norm
+from models.kernels.rms_norm import rms_norm, rms_norm_torch
 
 # Sums of at most 65 terms in another order; bfloat16 rounds to 2^-9 of a value, and a weight's gradient adds up 35.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -13,12 +13,13 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 @pytest.mark.usefixtures("blocked")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (7, 3), (5, 7, 65), (2, 3, 4, 8)], ids=str)
-def test_equals_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("function", [rms_norm, rms_norm_torch])
+def test_equals_torch(function, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(shape[-1], generator=generator).to(dtype).requires_grad_()
     grad = torch.randn(shape, generator=generator).to(dtype)
-    y = rms_norm(x, weight, 1e-6)
+    y = function(x, weight, 1e-6)
     assert y.dtype == dtype
     got = (y, *torch.autograd.grad(y, (x, weight), grad))
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]

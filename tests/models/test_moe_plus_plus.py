@@ -4,14 +4,12 @@ import dataclasses
 import math
 from collections.abc import Collection
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from models.config import LayerConfig, LMConfig
-from models.ffn import experts as experts_file
 from models.ffn.dispatch import Rowwise
 from models.ffn.moe_plus_plus import LOGITS, MoEPlusPlus, MoEPlusPlusConfig
 from models.ffn.moe_plus_plus_released import MoEPlusPlusReleasedConfig
@@ -191,8 +189,8 @@ def test_only_picks_of_ffn_experts_are_permuted_and_multiplied(capacity: float |
         return grouped_mm(a_MK, b_EKN, counts_E)
 
     module.dispatch = dispatch
-    with mock.patch.object(experts_file, "grouped_mm", product):
-        module(x, {}, side)
+    module.experts.grouped_mm.call = product
+    module(x, {}, side)
     index = module.select(module.router(x), side).index_BTK
     late = without_room(config, index.tolist(), side.valid_BT.tolist(), capacity) if capacity else set()
     padding = capacity is not None  # where room is limited, padding takes none

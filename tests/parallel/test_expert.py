@@ -10,9 +10,9 @@ from torch import Tensor
 
 from configs.structure import instantiate, to_plain
 from models.config import LMConfig
-from models.ffn import experts
 from models.ffn.moe_plus_plus import MoEPlusPlusConfig
-from models.kernels.grouped_mm import grouped_mm
+from models.kernels.grouped_mm import GroupedMM, grouped_mm
+from models.kernels.op import ops_of
 from parallel import check
 from parallel.engine import Engine
 from parallel.exchange import Direct, TwoLevel
@@ -51,8 +51,10 @@ def step(plain: dict[str, Any], mesh_config: MeshConfig) -> tuple[Rows, dict[str
     batch = check.share(check.make_batch(config, mesh_config, SETTINGS), count, mesh.data_rank, mesh.data_size)
     engine = Engine(config, mesh, seed=0, dtype=torch.float64)
     engine.load_full_state(check.shaken(engine.full_state(), 0))
-    exchanged = mock.patch.object(Flight, "forth", lambda flight, x: rows.launch(flight, x))
-    with exchanged, mock.patch.object(experts, "grouped_mm", rows.product):
+    for model in engine.models:
+        for op in ops_of(model).get(GroupedMM.name, ()):
+            op.call = rows.product
+    with mock.patch.object(Flight, "forth", lambda flight, x: rows.launch(flight, x)):
         out = engine.step_gradients(batch, count)
     return rows, out.stats
 

@@ -1,15 +1,19 @@
-"""Causal attention over packed documents: the way that is fast on the device at hand, and what may take its place.
+"""Causal attention over packed documents: the way that is fast on the device at hand or that a run chose, and what may
+take its place.
 
 Shape suffixes: B batch, T sequence, H query heads, J key/value heads, K key and V value width of a head.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from models.kernels.attention.blocked import attend_blocked
 from models.kernels.attention.reference import as_bias, as_gated_bias, attend, visibility
+from models.kernels.library import Library
 
 __all__ = [
     "Attend",
@@ -19,6 +23,7 @@ __all__ = [
     "as_gated_bias",
     "attend",
     "attend_causal",
+    "attend_sdpa",
     "visibility",
 ]
 
@@ -35,8 +40,20 @@ def attend_causal(
 
     By blocks on CPUs; elsewhere by torch's own kernels, which are faster there.
     """
-    if q_BTHK.device.type == "cpu":
-        return attend_blocked(q_BTHK, k_BTJK, v_BTJV, positions_BT, documents_BT, window)
+    call = attend_blocked if q_BTHK.device.type == "cpu" else attend_sdpa
+    return call(q_BTHK, k_BTJK, v_BTJV, positions_BT, documents_BT, window)
+
+
+def attend_sdpa(
+    q_BTHK: Tensor,
+    k_BTJK: Tensor,
+    v_BTJV: Tensor,
+    positions_BT: Tensor,
+    documents_BT: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`attend_causal` by torch's scaled_dot_product_attention, with a bias of [B, T, T] elements where there are
+    documents or a window."""
     if documents_BT is None and window is None:
         return attend(q_BTHK, k_BTJK, v_BTJV, None)
     if documents_BT is None:
@@ -74,9 +91,28 @@ class AttendInParts(Attend, Protocol):
         ...
 
 
-class Softmax:
-    causal = staticmethod(attend_causal)
+class Softmax(Library):
+    """A softmax over tokens. What is chosen is its `causal`."""
+
+    name = "attention"
+    reference: ClassVar[Callable[..., Any]] = staticmethod(attend_sdpa)
+    automatic: ClassVar[Callable[..., Any]] = staticmethod(attend_causal)
+    implementations = MappingProxyType({"blocks": attend_blocked, "sdpa": attend_sdpa})
     masked = staticmethod(attend)
+
+    def order(self, device: torch.device) -> tuple[str, ...]:
+        return ("blocks",) if device.type == "cpu" else ("sdpa",)
+
+    def causal(
+        self,
+        q_BTHK: Tensor,
+        k_BTJK: Tensor,
+        v_BTJV: Tensor,
+        positions_BT: Tensor,
+        documents_BT: Tensor | None,
+        window: int | None,
+    ) -> Tensor:
+        return self.call(q_BTHK, k_BTJK, v_BTJV, positions_BT, documents_BT, window)
 
     def beside(self, out_BTHV: Tensor, lse_BTH: Tensor) -> Tensor:
         return out_BTHV

@@ -18,11 +18,19 @@ from models.kernels.linear.operands import prepare
 WIDEST_KEY = 256  # of their delta rules
 
 
-def fits(device: str, dtype: torch.dtype, key: int, delta: bool) -> bool:
-    """Whether they can be called for values on this device and of this type. They do not take float64, and their delta
-    rule not float32."""
-    wide = delta and key > WIDEST_KEY
-    return device == "cuda" and dtype == torch.bfloat16 and not wide and installed()
+def without_fla(device: torch.device, dtype: torch.dtype, delta_key: int | None) -> str | None:
+    """Why they cannot be called there for values of this type. They do not take float64, and their delta rule not
+    float32. delta_key: width of a key, for the delta rule."""
+    # First, because a compiler should not look for packages.
+    if device.type != "cuda":
+        return f"its kernels need a GPU, where this is {device.type}"
+    if delta_key is not None and delta_key > WIDEST_KEY:
+        return f"its delta rule takes keys of up to {WIDEST_KEY} channels, where these have {delta_key}"
+    if not installed():
+        return "flash-linear-attention is not installed"
+    if dtype != torch.bfloat16:
+        return f"its kernels are called in bfloat16, where this is {str(dtype).removeprefix('torch.')}"
+    return None
 
 
 @functools.cache
