@@ -60,7 +60,7 @@ def test_one_word_for_all_and_one_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     model = build(residual="hyper", ffn="moe_plus_plus")
     wanted = {"default": "reference", "stream_mix": "triton"}
     found = {name: choice.implementation for name, choice in kernels.chosen(model, wanted, GPU, torch.float32).items()}
-    others = ("combine", "linear", "masked_gate", "normed_product")
+    others = ("combine", "linear", "masked_gate", "normed_product", "permute", "queues")
     assert found == {**dict.fromkeys(others, "reference"), "stream_mix": "triton"}
     assert kernels.line(kernels.chosen(build(), "auto", CPU, torch.float32)) == "kernels: linear reference"
 
