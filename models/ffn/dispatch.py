@@ -1,7 +1,7 @@
 """How rows reach their experts. Here all experts are local; expert parallelism has a version that sends rows to ranks.
 
-Shape suffixes: N tokens, K picks of a token, P picks that are made (rows), E experts, D model width, F width of what an
-expert makes.
+Shape suffixes: N tokens, K picks of a token, P picks that are made, M rows, E experts, D model width, F width of what
+an expert makes.
 """
 
 from typing import Protocol
@@ -20,7 +20,7 @@ class Rowwise(Protocol):
     @property
     def num_local(self) -> int: ...
 
-    def __call__(self, x_PD: Tensor, counts_E: Tensor) -> Tensor: ...
+    def __call__(self, x_MD: Tensor, counts_E: Tensor) -> Tensor: ...
 
 
 class Matrices:
@@ -33,8 +33,8 @@ class Matrices:
     def num_local(self) -> int:
         return self.weight_EDF.shape[0]
 
-    def __call__(self, x_PD: Tensor, counts_E: Tensor) -> Tensor:
-        return grouped_mm(x_PD, self.weight_EDF, counts_E)
+    def __call__(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
+        return grouped_mm(x_MD, self.weight_EDF, counts_E)
 
 
 class LocalDispatch(nn.Module):

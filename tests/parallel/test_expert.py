@@ -117,7 +117,10 @@ def test_two_levels_bring_the_same_rows(seed: int, pool: Pool) -> None:
 def legs(mesh_config: MeshConfig) -> list[int]:
     """Ranks of each leg of a route."""
     mesh = Mesh(mesh_config)
-    return [leg.ranks.size for leg in dispatch(mesh).exchange.route(torch.ones(8, dtype=torch.int64), 8 // mesh.ep.size).legs]
+    return [
+        leg.ranks.size
+        for leg in dispatch(mesh).exchange.route(torch.ones(8, dtype=torch.int64), 8 // mesh.ep.size).legs
+    ]
 
 
 def test_a_machine_collects_first(pool: Pool) -> None:
@@ -134,7 +137,9 @@ def order(mesh_config: MeshConfig) -> list[str]:
             return Computed.apply(super().__call__(x_MD, counts_E), seen)
 
     with flights(seen):
-        y_PD, _ = dispatch(mesh)(torch.ones(8, 3, requires_grad=True), torch.arange(8)[:, None], None, Experts(4, mesh.rank))
+        y_PD, _ = dispatch(mesh)(
+            torch.ones(8, 3, requires_grad=True), torch.arange(8)[:, None], None, Experts(4, mesh.rank)
+        )
         y_PD.sum().backward()
     return seen
 
