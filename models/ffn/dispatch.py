@@ -66,7 +66,24 @@ class LocalDispatch(nn.Module):
         starts_E = counts_E.cumsum(0) - counts_E
         place_NK = place_1M.view_as(queue_NK)
         places_NK = torch.where(queue_NK < 0, -1, starts_E[queue_NK] + place_NK)
-        # How many picks are made is read on the host, since it sets the shape; meta, which knows no numbers, has all.
-        every = keep_NK is None or keep_NK.is_meta
-        rows = queue_NK.numel() if every else int(counts_E.sum())
-        return self.permute(x_ND, places_NK, rows), places_NK, counts_E
+        # Meta knows no numbers, and has all picks made.
+        if keep_NK is None or keep_NK.is_meta:
+            x_PD = self.permute(x_ND, places_NK, queue_NK.numel())
+        elif torch.compiler.is_compiling():
+            x_PD = self.uncompiled(x_ND, places_NK, counts_E)
+        else:
+            x_PD = self.counted(x_ND, places_NK, counts_E)
+        return x_PD, places_NK, counts_E
+
+    def counted(self, x_ND: Tensor, places_NK: Tensor, counts_E: Tensor) -> Tensor:
+        """How many picks are made is read on the host, since it sets the shape."""
+        return self.permute(x_ND, places_NK, int(counts_E.sum()))
+
+    @torch.compiler.disable()
+    def uncompiled(self, x_ND: Tensor, places_NK: Tensor, counts_E: Tensor) -> Tensor:
+        """`counted`, of which compiled code knows that the number varies: otherwise it would be compiled for each."""
+        from torch._dynamo import maybe_mark_dynamic
+
+        x_PD = self.counted(x_ND, places_NK, counts_E)
+        maybe_mark_dynamic(x_PD, 0)
+        return x_PD
