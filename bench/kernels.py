@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from models.kernels.combine.reference import Free
 from models.kernels.handover.reading import Reading
 from models.kernels.normed_product.reference import normed_product
 from models.kernels.stream_mix.reference import stream_mix
@@ -29,7 +30,8 @@ ROUNDS, WARMUP = 20, 3
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """call: (implementation, *leaves) -> outputs. moved: elements of bfloat16 that both passes must move."""
+    """call: (implementation, *leaves) -> outputs. moved: elements of bfloat16, 2 bytes, that both passes must move;
+    without leaves there is only one."""
 
     op: str
     what: str
@@ -67,9 +69,20 @@ def cases() -> Iterator[Case]:
     yield Case("sinkhorn", "20 iterations", logits, lambda call, x: call(x, 20), 2 * 5 * n * 16)
     gate = (draw(n, 12, **wide), draw(n, 12, **wide))
     yield Case("masked_gate", "2 of 12", gate, lambda call, x, y: picked(call(x, y, 2, 11)), 2 * 10 * n * 12)
-    shares = (draw(n, 1, **wide), draw(n, 2, **wide), draw(2, d))
-    leaves = (draw(2 * n, d), draw(n, 2, **wide), draw(n, d), *shares)
-    yield Case("combine", "2 picks", leaves, lambda call, y, w, *x: call(y, w, None, *x), (3 * 2 + 5) * n * d)
+    for experts in (8, 64):
+        index = torch.randint(experts, (1, 2 * n), device="cuda")
+        yield Case("queues", f"{experts} experts", (), lambda call, q=index, e=experts: call(q, e), 4 * 2 * 2 * n)
+    # Sorted by 8 experts, as in training.
+    places = torch.randint(8, (2 * n,), device="cuda").argsort(stable=True).argsort().view(n, 2)
+    rows = (draw(n, d),)
+    yield Case("permute", "2 picks", rows, lambda call, x: call(x, places, 2 * n), 2 * (1 + 2) * n * d)
+    leaves = (draw(2 * n, d), draw(n, 2, **wide))
+    moved = (3 * 2 + 2) * n * d
+    yield Case("combine", "2 picks", leaves, lambda call, y, w: call(y, w, places), moved)
+    shares = (draw(n, d), draw(n, 1, **wide), draw(n, 2, **wide), draw(2, d))
+    moved = (3 * 2 + 5) * n * d
+    every = (*leaves, *shares)
+    yield Case("combine", "and 2 constants", every, lambda call, y, w, *x: call(y, w, places, Free(*x)), moved)
 
 
 def handed(call: Callable[..., Any], *leaves: Tensor) -> list[Tensor]:
@@ -102,6 +115,10 @@ def outputs(case: Case, call: Callable[..., Any], leaves: tuple[Tensor, ...]) ->
     return [outs] if isinstance(outs, Tensor) else list(outs)
 
 
+def differentiated(outs: list[Tensor], leaves: tuple[Tensor, ...], grads: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(outs, leaves, grads) if leaves else ()
+
+
 def gradients(outs: list[Tensor]) -> list[Tensor]:
     """The same for the same shapes."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -116,8 +133,8 @@ def off(case: Case, ours: Callable[..., Any], reference: Callable[..., Any]) -> 
         (reference, tuple(x.detach().float().requires_grad_() for x in case.leaves)),
     ):
         outs = outputs(case, call, leaves)
-        found.append([*outs, *torch.autograd.grad(outs, leaves, gradients(outs))])
-    return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True))
+        found.append([*outs, *differentiated(outs, leaves, gradients(outs))])
+    return max(float((a.float() - b.float()).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True))
 
 
 def seconds(case: Case, call: Callable[..., Any]) -> float:
@@ -126,7 +143,7 @@ def seconds(case: Case, call: Callable[..., Any]) -> float:
     for index in range(ROUNDS + WARMUP):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
-        torch.autograd.grad(outputs(case, call, case.leaves), case.leaves, grads)
+        differentiated(outputs(case, call, case.leaves), case.leaves, grads)
         ended.record()
         torch.cuda.synchronize()
         if index >= WARMUP:

@@ -19,19 +19,26 @@ from parallel.ranks import Ranks
 
 @dataclasses.dataclass(frozen=True)
 class Leg:
-    """One exchange: rows are put in the order `before`, `send[i]` of them go to rank i, and `receive[i]` come."""
+    """One exchange: `send[i]` rows in turn go to rank i, and `receive[i]` come. before: the order in which they are put
+    before that; None for as they are."""
 
     ranks: Ranks
     send: list[int]
     receive: list[int]
-    before: Tensor
+    before: Tensor | None = None
 
     def start(self, x_MD: Tensor) -> Flight:
-        return Flight(x_MD.index_select(0, self.before), self._to(self.receive, self.send), self.returning())
+        x_MD = x_MD if self.before is None else x_MD.index_select(0, self.before)
+        return Flight(x_MD, self._to(self.receive, self.send), self.returning())
 
     def start_back(self, y_MD: Tensor) -> Flight:
-        """The way back of as many rows; they arrive in the order that `before` has made."""
+        """The way back of as many rows."""
         return Flight(y_MD, self.returning(), self._to(self.receive, self.send))
+
+    def landed_back(self, flight: Flight) -> Tensor:
+        """Those rows, as they were before `start`."""
+        y_MD = flight.wait()
+        return y_MD if self.before is None else y_MD.index_select(0, inverse(self.before))
 
     def returning(self) -> Start:
         return self._to(self.send, self.receive)
@@ -56,8 +63,12 @@ class Route:
 class Exchange(Protocol):
     size: int
 
-    def route(self, expert_M: Tensor, local: int) -> Route:
-        """Of rows for these experts, of which each rank has `local` (a collective)."""
+    def numbers(self, expert: Tensor, local: int) -> Tensor:
+        """The experts, of which each rank has `local`, numbered in the order in which their rows are sent."""
+        ...
+
+    def route(self, counts: Tensor, local: int) -> Route:
+        """Of so many rows for each number, which lie in this order (a collective)."""
         ...
 
 
@@ -65,11 +76,14 @@ class Direct:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.size = ranks, ranks.size
 
+    def numbers(self, expert: Tensor, local: int) -> Tensor:
+        return expert
+
     @torch.compiler.disable()
-    def route(self, expert_M: Tensor, local: int) -> Route:
-        order_M, counts_RE = counted(expert_M, self.size, local)
+    def route(self, counts: Tensor, local: int) -> Route:
+        counts_RE = counts.unflatten(0, (self.size, local))
         theirs_RE = exchanged(counts_RE, self.ranks)
-        return Route((Leg(self.ranks, sizes(counts_RE), sizes(theirs_RE), order_M),), theirs_RE)
+        return Route((Leg(self.ranks, sizes(counts_RE), sizes(theirs_RE)),), theirs_RE)
 
 
 class TwoLevel:
@@ -79,23 +93,21 @@ class TwoLevel:
     def __init__(self, near: Ranks, far: Ranks) -> None:
         self.near, self.far, self.size = near, far, near.size * far.size
 
+    def numbers(self, expert: Tensor, local: int) -> Tensor:
+        """By place, and of each by machine."""
+        rank, own = expert // local, expert % local
+        machine, place = rank // self.near.size, rank % self.near.size
+        return (place * self.far.size + machine) * local + own
+
     @torch.compiler.disable()
-    def route(self, expert_M: Tensor, local: int) -> Route:
-        order_M, counts_RE = counted(expert_M, self.size, local)
-        counts_NLE = counts_RE.unflatten(0, (self.far.size, self.near.size))
-        by_place_LNE = counts_NLE.transpose(0, 1).contiguous()
+    def route(self, counts: Tensor, local: int) -> Route:
+        by_place_LNE = counts.unflatten(0, (self.near.size, self.far.size, local))
         collected_LNE = exchanged(by_place_LNE, self.near)
         onward_NLE = collected_LNE.transpose(0, 1).contiguous()
         theirs_NLE = exchanged(onward_NLE, self.far)
-        first = Leg(self.near, sizes(by_place_LNE), sizes(collected_LNE), order_M[swapped(counts_NLE)])
+        first = Leg(self.near, sizes(by_place_LNE), sizes(collected_LNE))
         second = Leg(self.far, sizes(onward_NLE), sizes(theirs_NLE), swapped(collected_LNE))
         return Route((first, second), theirs_NLE.flatten(0, 1))
-
-
-def counted(expert_M: Tensor, ranks: int, local: int) -> tuple[Tensor, Tensor]:
-    """The order that sorts rows by expert, and how many there are for each rank's experts [R, E]."""
-    counts = torch.bincount(expert_M, minlength=ranks * local)
-    return expert_M.argsort(stable=True), counts.unflatten(0, (ranks, local))
 
 
 def exchanged(counts: Tensor, ranks: Ranks) -> Tensor:
@@ -108,6 +120,11 @@ def exchanged(counts: Tensor, ranks: Ranks) -> Tensor:
 def sizes(counts: Tensor) -> list[int]:
     """Of the messages to, or from, the ranks along the first dimension."""
     return counts.flatten(1).sum(1).tolist()
+
+
+def inverse(order_M: Tensor) -> Tensor:
+    """The permutation that undoes `order_M`."""
+    return torch.empty_like(order_M).scatter(0, order_M, torch.arange(order_M.shape[0], device=order_M.device))
 
 
 def swapped(counts: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Expert parallelism: rows travel to the rank that owns their expert and back. Only FFN picks reach a dispatcher.
 
-Shape suffixes: M rows, E experts, D model width.
+Shape suffixes: N tokens, K picks of a token, P rows or parts of a pick's expert, E experts, D model width.
 """
 
 import itertools
@@ -8,11 +8,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from models.ffn.dispatch import LocalDispatch, Rowwise, inverse
+from models.ffn.dispatch import LocalDispatch, Rowwise
 from models.ffn.groups import Grouped, Peers
 from models.ffn.routed import RoutedFFN
+from models.kernels.picks import of_picks
 from models.lm import LM
-from models.params import upcast
 from parallel.collectives import all_gather
 from parallel.context import Order, order_of
 from parallel.exchange import Direct, Exchange, TwoLevel
@@ -21,36 +21,46 @@ from parallel.ranks import Ranks
 
 
 class SpreadDispatch(LocalDispatch):
-    """Experts are dealt out in order: rank r owns E/ep of them. Empty ranks still join every exchange.
+    """Experts are dealt out in order: rank r owns E/ep of them. Empty ranks still join every exchange. Rows return in
+    the order in which they were sent.
 
-    chunks: pieces of the rows, of which one is computed while others are under way.
+    chunks: pieces of the tokens, of which one's rows are computed while others are under way.
     """
 
     def __init__(self, exchange: Exchange, chunks: int) -> None:
+        super().__init__()
         self.exchange, self.chunks = exchange, chunks
 
-    def __call__(self, x_MD: Tensor, expert_M: Tensor, experts: Rowwise) -> Tensor:
-        bounds = [round(index * len(x_MD) / self.chunks) for index in range(self.chunks + 1)]
-        spans = [slice(*span) for span in itertools.pairwise(bounds)]
-        routes = [self.exchange.route(expert_M[span], experts.num_local) for span in spans]
-        flights = [route.legs[0].start(x_MD[span]) for route, span in zip(routes, spans, strict=True)]
+    def forward(
+        self, x_ND: Tensor, index_NK: Tensor, keep_NK: Tensor | None, experts: Rowwise
+    ) -> tuple[Tensor, Tensor]:
+        local, number_NK = experts.num_local, self.exchange.numbers(index_NK, experts.num_local)
+        bounds = [round(index * len(x_ND) / self.chunks) for index in range(self.chunks + 1)]
+        pieces = []
+        for span in (slice(*span) for span in itertools.pairwise(bounds)):
+            keep = None if keep_NK is None else keep_NK[span]
+            pieces.append(self.arrange(x_ND[span], number_NK[span], keep, local * self.exchange.size))
+        routes = [self.exchange.route(counts, local) for _, _, counts in pieces]
+        flights = [route.legs[0].start(x_PD) for route, (x_PD, _, _) in zip(routes, pieces, strict=True)]
         for leg in range(1, len(routes[0].legs)):
             flights = [route.legs[leg].start(flight.wait()) for route, flight in zip(routes, flights, strict=True)]
         returning = []
         for route, flight in zip(routes, flights, strict=True):
-            local_E = torch.arange(experts.num_local, device=x_MD.device)
+            local_E = torch.arange(local, device=x_ND.device)
             ids = local_E.repeat(self.exchange.size).repeat_interleave(route.counts_RE.flatten())
-            returning.append(route.legs[-1].start_back(super().__call__(flight.wait(), ids, experts)))
+            y_PD, places_P1 = super().forward(flight.wait(), ids[:, None], None, experts)
+            returning.append(route.legs[-1].start_back(of_picks(y_PD, places_P1).squeeze(1)))
         for leg in range(len(routes[0].legs) - 1, 0, -1):
             returning = [
-                route.legs[leg - 1].start_back(flight.wait().index_select(0, inverse(route.legs[leg].before)))
+                route.legs[leg - 1].start_back(route.legs[leg].landed_back(flight))
                 for route, flight in zip(routes, returning, strict=True)
             ]
-        back = [
-            flight.wait().index_select(0, inverse(route.legs[0].before))
-            for route, flight in zip(routes, returning, strict=True)
-        ]
-        return torch.cat(back) if len(back) > 1 else back[0]
+        back = [route.legs[0].landed_back(flight) for route, flight in zip(routes, returning, strict=True)]
+        places, first = [], 0
+        for y_PD, (_, places_NK, _) in zip(back, pieces, strict=True):
+            places.append(places_NK.where(places_NK < 0, places_NK + first))
+            first += len(y_PD)
+        return (torch.cat(back), torch.cat(places)) if len(back) > 1 else (back[0], places[0])
 
 
 class PartsDispatch(SpreadDispatch):
@@ -61,13 +71,15 @@ class PartsDispatch(SpreadDispatch):
         super().__init__(exchange, chunks)
         self.etp = etp
 
-    def __call__(self, x_MD: Tensor, expert_M: Tensor, experts: Rowwise) -> Tensor:
+    def forward(
+        self, x_ND: Tensor, index_NK: Tensor, keep_NK: Tensor | None, experts: Rowwise
+    ) -> tuple[Tensor, Tensor]:
         local = experts.num_local
-        group_M, own_M = expert_M // local, expert_M % local
-        rank_MP = group_M[:, None] * self.etp + torch.arange(self.etp, device=expert_M.device)
-        number_MP = rank_MP * local + own_M[:, None]
-        y_MD = super().__call__(x_MD.repeat_interleave(self.etp, 0), number_MP.flatten(), experts)
-        return upcast(y_MD).unflatten(0, (-1, self.etp)).sum(1).to(y_MD.dtype)
+        group_NK, own_NK = index_NK // local, index_NK % local
+        rank_NKP = group_NK[..., None] * self.etp + torch.arange(self.etp, device=index_NK.device)
+        number_NKP = rank_NKP * local + own_NK[..., None]
+        keep = None if keep_NK is None else keep_NK.repeat_interleave(self.etp, 1)
+        return super().forward(x_ND, number_NKP.flatten(1), keep, experts)
 
 
 class RankPeers(Peers):

@@ -1,7 +1,7 @@
 """Limited room: an expert takes so many tokens of a group, and those that come too late pass it by.
 
 Shape suffixes: B batch, T sequence (this rank's share), R and S the rows and tokens of whole groups, K picks,
-E experts, G = R*S groups at most, M = R*S*K picks.
+E experts, G groups of a row, M = S*K picks of a row.
 """
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from models.ffn.balance import count_picks
 from models.ffn.groups import Grouped, StatsGroup
 from models.ffn.routing import Routing
+from models.kernels.queues import Queues
+from models.kernels.queues.reference import queues
 from models.state import Side
 
 
@@ -25,6 +27,7 @@ class Room(Grouped):
         super().__init__(group)
         self.numerators, self.denominator = numerators, denominator
         self.by_document = by_document and group == "sequence"
+        self.queues = Queues()
 
     def forward(self, routing: Routing, side: Side) -> Tensor:
         """The picks that find room, bool [B, T, K]: of valid tokens, and of those that the routing keeps."""
@@ -33,51 +36,40 @@ class Room(Grouped):
     @torch.no_grad()
     def fitting(self, routing: Routing, side: Side) -> Tensor:
         index_BTK, asked_BTK = routing.index_BTK, asked(routing, side)
-        labels_BT = side.valid_BT.long() - 1
-        if self.by_document and side.documents_BT is not None:
-            labels_BT = side.documents_BT
+        documents_BT = side.documents_BT if self.by_document else None
+        labels_BT = side.valid_BT.long() - 1 if documents_BT is None else documents_BT
         own = torch.cat([index_BTK.where(asked_BTK, -1), labels_BT[..., None]], dim=-1)
-        whole = self.peers.gather(own)
-        priority_M = None if routing.priority_BTK is None else self.peers.gather(routing.priority_BTK).flatten()
+        whole, priority = self.peers.gather(own), routing.priority_BTK
+        shape, rows = whole[..., :-1].shape, 1 if self.group == "microbatch" else len(whole)
+        whole = whole.reshape(rows, -1, whole.shape[-1])
         picked_RSK, labels_RS = whole[..., :-1], whole[..., -1]
-        group_RS1 = self.numbers(labels_RS)[..., None]
-        counted_G = (labels_RS >= 0).long().flatten()
-        tokens_G = torch.zeros_like(counted_G).scatter_add(0, group_RS1.flatten(), counted_G)
-        expert_RSK = picked_RSK.clamp_min(0)
+        group_RS, groups, of_queue = torch.zeros_like(labels_RS), 1, self.queues
+        if documents_BT is not None:
+            # As many as tokens, perhaps: too many queues for counting.
+            group_RS = (labels_RS.diff(dim=1, prepend=labels_RS[:, :1]) != 0).cumsum(1)
+            groups, of_queue = labels_RS.shape[1], queues
+        tokens_RG = labels_RS.new_zeros(rows, groups).scatter_add(1, group_RS, (labels_RS >= 0).long())
+        tokens_RS1 = tokens_RG.gather(1, group_RS)[..., None]
         numerators_E = torch.tensor(self.numerators, dtype=torch.float64, device=whole.device)
-        room_RSK = (numerators_E[expert_RSK] * tokens_G[group_RS1] / self.denominator).floor().clamp_min(1)
+        room_RSK = (numerators_E[picked_RSK.clamp_min(0)] * tokens_RS1 / self.denominator).floor().clamp_min(1)
         count = len(self.numerators)
-        queue_RSK = (group_RS1 * count + expert_RSK).where(picked_RSK >= 0, group_RS1.numel() * count)
-        place_RSK = places(queue_RSK.flatten(), priority_M).view_as(picked_RSK)
-        return self.peers.own((place_RSK < room_RSK) & (picked_RSK >= 0))
+        queue_RSK = (group_RS[..., None] * count + picked_RSK).where(picked_RSK >= 0, -1)
+        queue_RM, num_queues = queue_RSK.flatten(1), groups * count
+        if priority is None:
+            place_RM, _ = of_queue(queue_RM, num_queues)
+        else:
+            order_RM = self.peers.gather(priority).reshape(rows, -1).argsort(dim=1, stable=True)
+            sorted_RM, _ = of_queue(queue_RM.gather(1, order_RM), num_queues)
+            place_RM = torch.empty_like(sorted_RM).scatter(1, order_RM, sorted_RM)
+        fits_RSK = (place_RM.view_as(picked_RSK) < room_RSK) & (picked_RSK >= 0)
+        return self.peers.own(fits_RSK.reshape(shape))
 
     def dropped(self, routing: Routing, fits_BTK: Tensor, side: Side) -> Tensor:
         """This rank's picks that found no room, of each expert, [E]."""
         return count_picks(routing.index_BTK, asked(routing, side) & ~fits_BTK, len(self.numerators)).sum(0)
-
-    def numbers(self, labels_RS: Tensor) -> Tensor:
-        """The number of each token's group, below R*S."""
-        if self.group == "microbatch":
-            return torch.zeros_like(labels_RS)
-        rows, length = labels_RS.shape
-        first_R1 = torch.arange(rows, device=labels_RS.device)[:, None] * length
-        if not self.by_document:
-            return first_R1.expand_as(labels_RS)
-        starts_RS = labels_RS.diff(dim=1, prepend=labels_RS[:, :1]) != 0
-        return first_R1 + starts_RS.cumsum(1)
 
 
 def asked(routing: Routing, side: Side) -> Tensor:
     """The picks that want room, bool [B, T, K] or [B, T, 1]."""
     valid_BT1 = side.valid_BT[..., None]
     return valid_BT1 if routing.keep_BTK is None else routing.keep_BTK & valid_BT1
-
-
-def places(queue_M: Tensor, priority_M: Tensor | None) -> Tensor:
-    """How many of the same queue come before: those of smaller priority, and of equal ones the earlier."""
-    order_M = queue_M.argsort(stable=True) if priority_M is None else priority_M.argsort(stable=True)
-    if priority_M is not None:
-        order_M = order_M[queue_M[order_M].argsort(stable=True)]
-    sorted_M = queue_M[order_M]
-    place_M = torch.arange(len(order_M), device=order_M.device) - torch.searchsorted(sorted_M, sorted_M)
-    return torch.empty_like(place_M).scatter(0, order_M, place_M)

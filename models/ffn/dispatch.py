@@ -1,14 +1,17 @@
 """How rows reach their experts. Here all experts are local; expert parallelism has a version that sends rows to ranks.
 
-Shape suffixes: M rows, E experts, D model width, F width of what an expert makes.
+Shape suffixes: N tokens, K picks of a token, P picks that are made, M rows, E experts, D model width, F width of what
+an expert makes.
 """
 
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.kernels.grouped_mm import grouped_mm
+from models.kernels.permute import Permute
+from models.kernels.queues import Queues
 
 
 class Rowwise(Protocol):
@@ -34,27 +37,53 @@ class Matrices:
         return grouped_mm(x_MD, self.weight_EDF, counts_E)
 
 
-class LocalDispatch:
-    """Sort the rows by expert, run the experts, restore the order.
+class LocalDispatch(nn.Module):
+    """Puts the rows in the order of their experts and runs these. Nothing is sorted, and nothing put back: a pick's
+    output is where its place says."""
 
-    Every step is a permutation: backward has no sums whose order could depend on threads.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.queues, self.permute = Queues(), Permute()
 
-    def __call__(self, x_MD: Tensor, expert_M: Tensor, experts: Rowwise) -> Tensor:
-        """x_MD: rows in any order. expert_M: each row's expert, among all experts. Returns y_MD in the rows' order."""
-        order_M = expert_M.argsort(stable=True)
-        counts_E = count_sorted(expert_M.index_select(0, order_M), experts.num_local)
-        y_MD = experts(x_MD.index_select(0, order_M), counts_E)
-        return y_MD.index_select(0, inverse(order_M))
+    def forward(
+        self, x_ND: Tensor, index_NK: Tensor, keep_NK: Tensor | None, experts: Rowwise
+    ) -> tuple[Tensor, Tensor]:
+        """index_NK: experts that the tokens pick, among all. keep_NK: the picks that are made; None is all.
 
+        Returns (what the experts make of them, [P, F], places: see `models.kernels.picks`). Places are [N, K]; or as
+        many times K as there are parts of each pick's output, which add up.
+        """
+        x_PD, places_NK, counts_E = self.arrange(x_ND, index_NK, keep_NK, experts.num_local)
+        return experts(x_PD, counts_E), places_NK
 
-def count_sorted(expert_M: Tensor, num_experts: int) -> Tensor:
-    """Rows of each expert, from sorted expert indices. Unlike bincount it does not wait for the device."""
-    ids_E = torch.arange(num_experts, device=expert_M.device)
-    ends_E = torch.searchsorted(expert_M, ids_E, right=True)
-    return ends_E.diff(prepend=ends_E.new_zeros(1))
+    def arrange(
+        self, x_ND: Tensor, index_NK: Tensor, keep_NK: Tensor | None, num_experts: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows [P, D] by expert, and by token of each, places [N, K], rows of each expert [E])."""
+        queue_NK = index_NK if keep_NK is None else index_NK.where(keep_NK, -1)
+        place_1M, counts_1E = self.queues(queue_NK.view(1, -1), num_experts)
+        counts_E = counts_1E[0]
+        starts_E = counts_E.cumsum(0) - counts_E
+        place_NK = place_1M.view_as(queue_NK)
+        places_NK = torch.where(queue_NK < 0, -1, starts_E[queue_NK] + place_NK)
+        # Meta knows no numbers, and has all picks made.
+        if keep_NK is None or keep_NK.is_meta:
+            x_PD = self.permute(x_ND, places_NK, queue_NK.numel())
+        elif torch.compiler.is_compiling():
+            x_PD = self.uncompiled(x_ND, places_NK, counts_E)
+        else:
+            x_PD = self.counted(x_ND, places_NK, counts_E)
+        return x_PD, places_NK, counts_E
 
+    def counted(self, x_ND: Tensor, places_NK: Tensor, counts_E: Tensor) -> Tensor:
+        """How many picks are made is read on the host, since it sets the shape."""
+        return self.permute(x_ND, places_NK, int(counts_E.sum()))
 
-def inverse(order_M: Tensor) -> Tensor:
-    """The permutation that undoes `order_M`."""
-    return torch.empty_like(order_M).scatter(0, order_M, torch.arange(order_M.shape[0], device=order_M.device))
+    @torch.compiler.disable()
+    def uncompiled(self, x_ND: Tensor, places_NK: Tensor, counts_E: Tensor) -> Tensor:
+        """`counted`, of which compiled code knows that the number varies: otherwise it would be compiled for each."""
+        from torch._dynamo import maybe_mark_dynamic
+
+        x_PD = self.counted(x_ND, places_NK, counts_E)
+        maybe_mark_dynamic(x_PD, 0)
+        return x_PD

@@ -102,7 +102,7 @@ class MoE(RoutedFFN):
         x_ND = x_BTD.flatten(0, 1)
         keep_NK = None if keep_BTK is None else keep_BTK.flatten(0, 1)
         index_NK, weights_NK = routing.index_BTK.flatten(0, 1), routing.weights_BTK.flatten(0, 1)
-        out_ND = self.run_experts(x_ND, index_NK, weights_NK, keep_NK, part).to(x_BTD.dtype)
+        out_ND = self.run_experts(x_ND, index_NK, weights_NK, keep_NK, part)
         if self.shared is not None:
             shared_ND = self.shared(x_ND)
             if self.shared_gate is not None:

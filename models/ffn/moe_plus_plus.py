@@ -19,9 +19,8 @@ from models.ffn.experts import Experts
 from models.ffn.groups import StatsGroup
 from models.ffn.routed import RoutedFFN
 from models.ffn.routing import LinearRouter, Routing
-from models.kernels.combine import Combine
+from models.kernels.combine.reference import Free
 from models.kernels.masked_gate import MaskedGate
-from models.kernels.picks import Picks
 from models.limits import above_zero, at_least
 from models.params import Normal, declare, upcast
 from models.pieces import WHOLE, Part
@@ -153,7 +152,7 @@ class MoEPlusPlus(RoutedFFN):
     def __init__(self, config: MoEPlusPlusConfig, ctx: LayerContext, router: nn.Module, select: nn.Module) -> None:
         super().__init__(Experts(config.num_experts, ctx.d_model, config.hidden, ctx.output_init))
         self.balance, self.room = Balance(config.stats_group), config.room()
-        self.config, self.select, self.combine = config, select, Combine()
+        self.config, self.select = config, select
         self.has_losses = config.aux_coef > 0
         ffns = tuple(layer.ffn for layer in ctx.layers)
         self.router = router
@@ -179,11 +178,9 @@ class MoEPlusPlus(RoutedFFN):
             room_NK = fits_BTK.flatten(0, 1)
             of_ffn_NK, weights_NK = of_ffn_NK & room_NK, weights_NK * room_NK
         u_ND = self.expert_input(x_BTD.flatten(0, 1))
-        picks = Picks.of(of_ffn_NK)
-        y_PD = self.picked(u_ND, index_NK, picks, part)
-        own_N1, take_NC, value_CD = self.free(u_ND, index_NK, weights_NK)
-        free = (own_N1 / part.count, take_NC / part.count, value_CD)
-        out_ND = self.combine(y_PD, weights_NK, picks, u_ND, *free)
+        out_ND = self.run_experts(
+            u_ND, index_NK, weights_NK, of_ffn_NK, part, self.free(u_ND, index_NK, weights_NK, part)
+        )
         losses: dict[str, Tensor] = {}
         if config.aux_coef:
             terms_E = self.balance.terms(routing.probs_BTE, routing.index_BTK, valid_BT)
@@ -195,13 +192,12 @@ class MoEPlusPlus(RoutedFFN):
     def expert_input(self, x_ND: Tensor) -> Tensor:
         return x_ND
 
-    def free(self, u_ND: Tensor, index_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the copy and constant experts add is own u + take value: own [N, 1], take [N, C], value [C, D]. Zero
-        experts add nothing."""
+    def free(self, u_ND: Tensor, index_NK: Tensor, weights_NK: Tensor, part: Part) -> Free:
+        """What the copy and constant experts add. Zero experts add nothing."""
         gates_NE = weights_NK.new_zeros(u_ND.shape[0], self.config.num_total).scatter(1, index_NK, weights_NK)
         _, constant_NC, copy_NE, _ = gates_NE.split(self.config.sizes, dim=1)
-        own_N1 = copy_NE.sum(1, keepdim=True)
-        if self.constants is None:
-            return own_N1, constant_NC, u_ND.new_zeros(0, u_ND.shape[1])
-        kept_N1, take_NC = self.constants(upcast(u_ND), constant_NC)
-        return own_N1 + kept_N1, take_NC, self.constants.value
+        own_N1, take_NC, value_CD = copy_NE.sum(1, keepdim=True), constant_NC, u_ND.new_zeros(0, u_ND.shape[1])
+        if self.constants is not None:
+            kept_N1, take_NC = self.constants(upcast(u_ND), constant_NC)
+            own_N1, value_CD = own_N1 + kept_N1, self.constants.value
+        return Free(u_ND, own_N1 / part.count, take_NC / part.count, value_CD)

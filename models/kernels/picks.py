@@ -1,32 +1,14 @@
-"""Picks of experts and their weights.
+"""Picks of experts: which are made, where their rows stand, and their weights.
 
-Shape suffixes: `...` or N tokens, E experts, K picks of a token, P picks that are made, S slots of a token.
+Experts read rows in the order of the experts. A pick's place is the number of its row there, -1 if it is not made.
+Shape suffixes: `...` or N tokens, D width, E experts, K picks of a token, M = N*K picks, P those that are made.
 """
 
-from typing import NamedTuple, Self
+from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class Picks(NamedTuple):
-    """The token and the pick of each pick that is made, in order. slot: its number among its token's that are. slots:
-    S, the most that a token makes."""
-
-    token_P: Tensor
-    pick_P: Tensor
-    slot_P: Tensor
-    slots: int
-
-    @classmethod
-    def of(cls, keep_NK: Tensor | None) -> Self | None:
-        """Those that are kept; None for all. How many they are is read on the host, since it sets the shape; on the
-        meta device, which knows no numbers, they are all."""
-        if keep_NK is None or keep_NK.is_meta:
-            return None
-        token_P, pick_P = keep_NK.nonzero().unbind(1)
-        slot_P = (keep_NK.cumsum(1) - 1)[token_P, pick_P]
-        return cls(token_P, pick_P, slot_P, int(slot_P.max()) + 1 if len(slot_P) else 1)
+from torch.autograd.function import once_differentiable
 
 
 def best(ranking_E: Tensor, top_k: int) -> Tensor:
@@ -38,3 +20,44 @@ def normalized(weights: Tensor) -> Tensor:
     """weights / their sum over the last dimension; 0 where all are 0, which would be 0/0."""
     total = weights.sum(-1, keepdim=True)
     return weights / torch.where(total > 0, total, 1)
+
+
+def of_picks(y_PD: Tensor, places_NK: Tensor) -> Tensor:
+    """The row of each pick, [N, K, D]; 0 of those that are not made. P: every place below it is of one pick.
+
+    Rows are copied in both directions: backward adds no two gradients.
+    """
+    return _OfPicks.apply(y_PD, places_NK)  # type: ignore[return-value]
+
+
+def in_order(places_NK: Tensor, rows: int) -> Tensor:
+    """The number among all M of the pick at each place, [P], where `rows` is P."""
+    picks, place_M = places_NK.numel(), places_NK.flatten()
+    if rows < picks:
+        # Those that are not made meet in one more place, and are cut off with it.
+        place_M = place_M.where(place_M >= 0, rows)
+    return place_M.new_empty(rows + 1).scatter(0, place_M, torch.arange(picks, device=place_M.device))[:rows]
+
+
+def copied(y_PD: Tensor, places_NK: Tensor) -> Tensor:
+    """What `of_picks` returns."""
+    (rows, width), picks = y_PD.shape, places_NK.numel()
+    if rows == picks:
+        out_MD = y_PD.index_select(0, places_NK.flatten())
+    else:
+        out_MD = y_PD.new_zeros(picks, width).index_copy_(0, in_order(places_NK, rows), y_PD)
+    return out_MD.view(*places_NK.shape, width)
+
+
+class _OfPicks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_PD: Tensor, places_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(places_NK)
+        ctx.rows = len(y_PD)
+        return copied(y_PD, places_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (places_NK,) = ctx.saved_tensors
+        return grads[0].flatten(0, 1).index_select(0, in_order(places_NK, ctx.rows)), None

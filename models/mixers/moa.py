@@ -1,6 +1,6 @@
 """Mixture of attention heads: a token runs the few heads that a router picks for it (arXiv 2210.05144).
 
-Shape suffixes: B batch, T sequence, D model width, E experts (heads), K picks, N = B*T tokens, M = N*K rows, V width of
+Shape suffixes: B batch, T sequence, D model width, E experts (heads), K picks, N = B*T tokens, P = N*K rows, V width of
 a head.
 """
 
@@ -16,8 +16,9 @@ from models.config import default
 from models.context import LayerContext
 from models.ffn.dispatch import LocalDispatch, Matrices
 from models.ffn.routing import RouterConfig
+from models.kernels.combine import Combine
+from models.kernels.picks import of_picks
 from models.mixers.attention import Attention, AttentionConfig
-from models.params import upcast
 from models.slots import Mixer, MixerConfig
 from models.state import OwnTokens, Projected, Side, State, Views
 
@@ -109,6 +110,7 @@ class MixtureOfHeads(Attention):
         super().__init__(inner, ctx, head_dim)
         self.picks, self.has_losses = config.picks, config.router.has_losses
         self.router = config.router.build(ctx.d_model, config.num_heads)
+        self.dispatch, self.combine = LocalDispatch(), Combine()
 
     def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:
         routing, losses, load_E = self.router(views.q_BTD, side)
@@ -131,21 +133,23 @@ class MixtureOfHeads(Attention):
             return projected._replace(kept={GATES: gates_BTE})
         # The picks are the largest gates: what is worth 0, as a pick whose probability underflows, adds nothing.
         gates_BTK, index_BTK = gates_BTE.topk(slots, dim=-1)
-        x_MD = views.q_BTD.flatten(0, 1).repeat_interleave(slots, 0)
         heads_EDV = self.q.weight.unflatten(0, (-1, self.head_dim)).mT
-        q_BTKV = LocalDispatch()(x_MD, index_BTK.flatten(), Matrices(heads_EDV)).view(*index_BTK.shape, self.head_dim)
+        q_PV, places_NK = self.dispatch(views.q_BTD.flatten(0, 1), index_BTK.flatten(0, 1), None, Matrices(heads_EDV))
+        q_BTKV = of_picks(q_PV, places_NK).view(*index_BTK.shape, self.head_dim)
         k = self.k(views.k_BTD).unflatten(-1, (-1, self.head_dim))
         v = self.v(views.v_BTD).unflatten(-1, (-1, self.head_dim))
         q_BTKV, k = self.sized(q_BTKV, k)
         return Projected({"q": q_BTKV, "k": k, "v": v}, {GATES: gates_BTK, INDEX: index_BTK})
 
     def merge(self, out_BTHV: Tensor, kept: dict[str, Tensor]) -> Tensor:
-        gated_BTHV = out_BTHV * kept[GATES][..., None].to(out_BTHV.dtype)
         if INDEX not in kept:
+            gated_BTHV = out_BTHV * kept[GATES][..., None].to(out_BTHV.dtype)
             return self.o(gated_BTHV.flatten(-2))
         heads_EVD = self.o.weight.unflatten(1, (-1, self.head_dim)).permute(1, 2, 0)
-        y_MD = LocalDispatch()(gated_BTHV.flatten(0, 2), kept[INDEX].flatten(), Matrices(heads_EVD))
-        return upcast(y_MD).view(*out_BTHV.shape[:3], y_MD.shape[-1]).sum(2).to(y_MD.dtype)
+        y_PD, places_P1 = self.dispatch(out_BTHV.flatten(0, 2), kept[INDEX].view(-1, 1), None, Matrices(heads_EVD))
+        gates_NK = kept[GATES].flatten(0, 1)
+        out_ND = self.combine(y_PD, gates_NK, places_P1.view_as(gates_NK))
+        return out_ND.view(*out_BTHV.shape[:2], y_PD.shape[-1])
 
     def after_step(self, stats: Mapping[str, Tensor]) -> None:
         self.router.after_step(stats)

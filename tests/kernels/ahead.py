@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from models.kernels.combine.reference import Free
 from models.kernels.combine.triton import combine
 from models.kernels.depth_mix.triton import depth_mix
 from models.kernels.grid_add.triton import grid_add
@@ -19,6 +20,8 @@ from models.kernels.handover.reading import Reading
 from models.kernels.handover.triton import handover
 from models.kernels.masked_gate.triton import masked_gate
 from models.kernels.normed_product.triton import normed_product
+from models.kernels.permute.triton import permute
+from models.kernels.queues.triton import queues
 from models.kernels.sinkhorn.triton import sinkhorn
 from models.kernels.stream_mix.triton import stream_mix
 from models.params import RMSNorm
@@ -80,8 +83,12 @@ def launch_all() -> None:
     both_passes(normed_product(draw(8, 3072), draw(3072, 732), draw(3072), None, 1e-6))
     total, probs, _, weight = masked_gate(draw(8, 12, **weights), draw(8, 12, **weights), 2, 11)
     both_passes([total, probs, weight])
-    shares = (draw(8, 1, **weights), draw(8, 2, **weights), draw(2, 2048))
-    both_passes(combine(draw(16, 2048), draw(8, 2, **weights), None, draw(8, 2048), *shares))
+    places = torch.arange(16).view(8, 2)
+    free = Free(draw(8, 2048), draw(8, 1, **weights), draw(8, 2, **weights), draw(2, 2048))
+    for added in (None, free):
+        both_passes(combine(draw(16, 2048), draw(8, 2, **weights), places, added))
+    both_passes(permute(draw(8, 2048), places, 16))
+    queues(places % 8, 8)
     both_passes(sinkhorn(draw(8, 4, 4, **weights), 20))
     norm = RMSNorm(2048, 1e-6).bfloat16()
     for added in (), (draw(8, 2048),), (draw(8, 2048), draw(8, 2048)):

@@ -12,7 +12,10 @@ from tests.contract.tiny import build
 from tests.kernels.interpreted import poisoned
 
 MODELS = {
-    "mudd": ({"residual": "mudd", "ffn": "moe_plus_plus"}, {"depth_mix", "masked_gate", "combine"}),
+    "mudd": (
+        {"residual": "mudd", "ffn": "moe_plus_plus"},
+        {"depth_mix", "masked_gate", "combine", "permute", "queues"},
+    ),
     "mhc": ({"residual": "mhc"}, {"stream_mix", "normed_product", "handover", "sinkhorn"}),
 }
 

@@ -66,7 +66,7 @@ def test_one_word_for_all_and_one_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     model = build(residual="hyper", ffn="moe_plus_plus")
     wanted = {"default": "reference", "stream_mix": "triton"}
     found = {name: choice.implementation for name, choice in kernels.chosen(model, wanted, GPU, torch.float32).items()}
-    others = ("combine", "handover", "linear", "masked_gate", "normed_product")
+    others = ("combine", "handover", "linear", "masked_gate", "normed_product", "permute", "queues")
     library = {"attention": "sdpa", "grouped_mm": "loop", "rms_norm": "torch"}
     assert found == {**dict.fromkeys(others, "reference"), "stream_mix": "triton", **library}
 

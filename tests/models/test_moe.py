@@ -198,16 +198,19 @@ def test_a_batch_without_valid_tokens_has_no_loss() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
-def test_dispatch_keeps_the_order_of_rows(rows: int) -> None:
+def test_dispatch_says_where_each_picks_output_is(rows: int) -> None:
     experts = Experts(4, 6, 5, Normal(0.5))
     initialize(experts, seed=0)
     experts.double()
     x_MD, expert_M = inputs((rows, 6)), torch.tensor([3, 1, 3, 0, 1, 3, 3])[:rows]
-    y_MD = LocalDispatch()(x_MD, expert_M, experts)
-    assert y_MD.shape == (rows, 6)
-    for row, e in enumerate(expert_M.tolist()):
-        torch.testing.assert_close(y_MD[row], swiglu(x_MD[row], experts.gate[e], experts.up[e], experts.down[e]))
-    gradients = torch.autograd.grad(y_MD.sum(), (x_MD, experts.gate))
+    keep_M = torch.tensor([True, True, False, True, True, False, True])[:rows]
+    y_PD, places_M1 = LocalDispatch()(x_MD, expert_M[:, None], keep_M[:, None], experts)
+    assert y_PD.shape == (int(keep_M.sum()), 6)
+    for place, row, e in zip(places_M1.flatten().tolist(), range(rows), expert_M.tolist(), strict=True):
+        assert (place >= 0) == keep_M[row]
+        if place >= 0:
+            torch.testing.assert_close(y_PD[place], swiglu(x_MD[row], experts.gate[e], experts.up[e], experts.down[e]))
+    gradients = torch.autograd.grad(y_PD.sum(), (x_MD, experts.gate))
     assert (gradients[1][2] == 0).all()
 
 

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder, exc
 
 from models.config import LMConfig
+from models.ffn.dispatch import LocalDispatch
+from models.lm import LM
+from models.params import initialize
 from parallel import check, compiled
 from parallel.check import Settings, error, make_batch, take_step
 from parallel.engine import Engine
@@ -32,6 +36,30 @@ def test_layers_share_one_compilation_and_compute_the_same():
     assert compiled.loss == pytest.approx(eager.loss, rel=1e-12)
     wrong = {name: e for name, g in eager.gradients.items() if (e := error(compiled.gradients[name], g)) > 1e-9}
     assert not wrong
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_any_number_of_picks_is_one_compilation() -> None:
+    """MoE++ multiplies other numbers of rows in every step."""
+    model, rows = LM(build(num_layers=1, ffn="moe_plus_plus")).bfloat16(), set[int]()
+    initialize(model, seed=0)
+    dispatch = next(module for module in model.modules() if isinstance(module, LocalDispatch))
+    permute = dispatch.permute.call
+
+    def counted(x_ND: Tensor, places_NK: Tensor, number: int) -> Tensor:
+        rows.add(number)
+        return permute(x_ND, places_NK, number)
+
+    dispatch.permute.call = counted
+    compiled.compile_layers(model)
+    counters.clear()
+    graphs = []
+    for seed in range(6):
+        tokens = torch.randint(model.config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(seed))
+        model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(rows) > 3 and graphs[0] == graphs[-1]
 
 
 def test_a_machine_without_a_compiler_is_refused_in_a_sentence(monkeypatch):

@@ -89,7 +89,8 @@ def routed(seed: int) -> list[Tensor]:
         x_MD = torch.randn(rows, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(mesh.rank))
         x_MD.requires_grad_()
         spread = SpreadDispatch(exchange, 1 + seed)
-        y_MD = spread(x_MD, expert_M, Scaled(3, mesh.rank))
+        y_PD, places_M1 = spread(x_MD, expert_M[:, None], None, Scaled(3, mesh.rank))
+        y_MD = y_PD[places_M1.squeeze(1)]
         y_MD.sum().backward()
         assert x_MD.grad is not None
         expected = x_MD * (1 + expert_M[:, None])
@@ -118,7 +119,10 @@ def test_two_levels_bring_the_same_rows(seed: int, pool: Pool) -> None:
 def legs(mesh_config: MeshConfig) -> list[int]:
     """Ranks of each leg of a route."""
     mesh = Mesh(mesh_config)
-    return [leg.ranks.size for leg in dispatch(mesh).exchange.route(torch.arange(8), 8 // mesh.ep.size).legs]
+    return [
+        leg.ranks.size
+        for leg in dispatch(mesh).exchange.route(torch.ones(8, dtype=torch.int64), 8 // mesh.ep.size).legs
+    ]
 
 
 def test_a_machine_collects_first(pool: Pool) -> None:
@@ -135,8 +139,10 @@ def order(mesh_config: MeshConfig) -> list[str]:
             return Computed.apply(super().__call__(x_MD, counts_E), seen)
 
     with flights(seen):
-        y_MD = dispatch(mesh)(torch.ones(8, 3, requires_grad=True), torch.arange(8), Experts(4, mesh.rank))
-        y_MD.sum().backward()
+        y_PD, _ = dispatch(mesh)(
+            torch.ones(8, 3, requires_grad=True), torch.arange(8)[:, None], None, Experts(4, mesh.rank)
+        )
+        y_PD.sum().backward()
     return seen
 
 

@@ -1,4 +1,4 @@
-"""What a token's experts made, put together with what costs nothing: copies of the token and constants (MoE++, arXiv
+"""What a token's experts made, put together, with what costs nothing: copies of the token and constants (MoE++, arXiv
 2410.07348)."""
 
 from collections.abc import Callable
@@ -10,8 +10,7 @@ from models.kernels.op import Op
 
 
 class Combine(Op):
-    """(y [P, D], weights [N, K], picks or None, x [N, D], own [N, 1], take [N, C], value [C, D]) -> [N, D]; see
-    `reference`."""
+    """(y [P, D], weights [N, K], places [N, K], free or None) -> [N, D]; see `reference`."""
 
     name = "combine"
     reference: ClassVar[Callable[..., Any]] = staticmethod(combine)
