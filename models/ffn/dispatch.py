@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from models.kernels.grouped_mm import grouped_mm
+from models.kernels.grouped_mm import GroupedMM
 from models.kernels.permute import Permute
 from models.kernels.queues import Queues
 
@@ -26,15 +26,15 @@ class Rowwise(Protocol):
 class Matrices:
     """Experts that are one matrix each, [E, inputs, outputs]."""
 
-    def __init__(self, weight_EDF: Tensor) -> None:
-        self.weight_EDF = weight_EDF
+    def __init__(self, grouped_mm: GroupedMM, weight_EDF: Tensor) -> None:
+        self.grouped_mm, self.weight_EDF = grouped_mm, weight_EDF
 
     @property
     def num_local(self) -> int:
         return self.weight_EDF.shape[0]
 
     def __call__(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
-        return grouped_mm(x_MD, self.weight_EDF, counts_E)
+        return self.grouped_mm(x_MD, self.weight_EDF, counts_E)
 
 
 class LocalDispatch(nn.Module):

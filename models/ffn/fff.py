@@ -13,7 +13,7 @@ from torch import Tensor
 from models.context import LayerContext
 from models.conv import FanInUniform
 from models.ffn.mlp import ACTIVATIONS, Activation
-from models.kernels.grouped_mm import grouped_mm
+from models.kernels.grouped_mm import GroupedMM
 from models.limits import at_least
 from models.params import Constant, Normal, declare, upcast
 from models.slots import FFN, FFNConfig
@@ -69,6 +69,7 @@ class FFF(FFN):
         self.has_losses = config.hardening > 0
         self.activation = ACTIVATIONS[config.activation]
         leaves, hidden = 2**config.depth, config.leaf_hidden
+        self.grouped_mm = GroupedMM(d_model, hidden)
         declare(self, "nodes", (leaves - 1, d_model), FanInUniform(d_model), role="router")
         declare(self, "node_bias", (leaves - 1,), FanInUniform(d_model))
         declare(self, "up", (leaves, d_model, hidden), Normal(0.02), role="matrix")
@@ -111,8 +112,8 @@ class FFF(FFN):
     def one_leaf(self, x_ND: Tensor, leaf_N: Tensor) -> Tensor:
         order_N = leaf_N.argsort(stable=True)
         sorted_N, counts_L = leaf_N[order_N], torch.bincount(leaf_N, minlength=len(self.up))
-        hidden_NF = grouped_mm(x_ND[order_N], self.up, counts_L) + self.up_bias[sorted_N]
-        out_ND = grouped_mm(self.activation(hidden_NF), self.down, counts_L) + self.down_bias[sorted_N]
+        hidden_NF = self.grouped_mm(x_ND[order_N], self.up, counts_L) + self.up_bias[sorted_N]
+        out_ND = self.grouped_mm(self.activation(hidden_NF), self.down, counts_L) + self.down_bias[sorted_N]
         return torch.empty_like(out_ND).index_copy(0, order_N, out_ND)
 
 

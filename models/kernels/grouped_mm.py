@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.contiguous import ContiguousGradient
 from models.kernels.library import Library
+from models.kernels.opaque import opaque
 
 ALIGNMENT = 16  # bytes: what F.grouped_mm asks of every row
 
@@ -40,9 +40,38 @@ def grouped_mm_torch(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
     if missing_K or missing_N:
         a_MK, b_EKN = F.pad(a_MK, (0, missing_K)), F.pad(b_EKN, (0, missing_N, 0, missing_K))
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    # Its backward refuses gradients with strides of 0, such as those of a sum.
-    out_MN = ContiguousGradient.apply(F.grouped_mm(a_MK.contiguous(), b_EKN, offs=ends_E))
+    out_MN: Tensor = _GroupedMM.apply(a_MK.contiguous(), b_EKN, ends_E)  # type: ignore[assignment]
     return out_MN[:, :outer] if missing_N else out_MN
+
+
+def product_shape(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
+    return a.new_empty(*(() if b.dim() == 3 else ends_E.shape), a.shape[0], b.shape[-1])
+
+
+def product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
+    """[M, K] and [E, K, N] make [M, N]; [K, M] and [M, N] make [E, K, N]."""
+    return F.grouped_mm(a, b, offs=ends_E)
+
+
+class _GroupedMM(torch.autograd.Function):
+    """A Function, because torch's backward pass refuses gradients with strides of 0, such as those of a sum, and its
+    compiler any type but bfloat16, so that it is told of others' shapes alone."""
+
+    opaque_product = staticmethod(opaque(product, product_shape))
+
+    @staticmethod
+    def forward(ctx: Any, a_MK: Tensor, b_EKN: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(a_MK, b_EKN, ends_E)
+        ctx.product = product if a_MK.dtype == torch.bfloat16 else _GroupedMM.opaque_product
+        return ctx.product(a_MK, b_EKN, ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        a_MK, b_EKN, ends_E = ctx.saved_tensors
+        grad_MN = grads[0].contiguous()
+        da_MK = ctx.product(grad_MN, b_EKN.mT, ends_E) if ctx.needs_input_grad[0] else None
+        db_EKN = ctx.product(a_MK.mT, grad_MN, ends_E) if ctx.needs_input_grad[1] else None
+        return da_MK, db_EKN, None
 
 
 def grouped_mm_loop(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from models.context import LayerContext
 from models.ffn.dispatch import LocalDispatch, Matrices
 from models.ffn.routing import RouterConfig
 from models.kernels.combine import Combine
+from models.kernels.grouped_mm import GroupedMM
 from models.kernels.picks import of_picks
 from models.mixers.attention import Attention, AttentionConfig
 from models.slots import Mixer, MixerConfig
@@ -111,6 +112,7 @@ class MixtureOfHeads(Attention):
         self.picks, self.has_losses = config.picks, config.router.has_losses
         self.router = config.router.build(ctx.d_model, config.num_heads)
         self.dispatch, self.combine = LocalDispatch(), Combine()
+        self.grouped_mm = GroupedMM(ctx.d_model, head_dim)
 
     def own_tokens(self, views: Views, inputs: State, side: Side) -> OwnTokens:
         routing, losses, load_E = self.router(views.q_BTD, side)
@@ -134,7 +136,9 @@ class MixtureOfHeads(Attention):
         # The picks are the largest gates: what is worth 0, as a pick whose probability underflows, adds nothing.
         gates_BTK, index_BTK = gates_BTE.topk(slots, dim=-1)
         heads_EDV = self.q.weight.unflatten(0, (-1, self.head_dim)).mT
-        q_PV, places_NK = self.dispatch(views.q_BTD.flatten(0, 1), index_BTK.flatten(0, 1), None, Matrices(heads_EDV))
+        q_PV, places_NK = self.dispatch(
+            views.q_BTD.flatten(0, 1), index_BTK.flatten(0, 1), None, Matrices(self.grouped_mm, heads_EDV)
+        )
         q_BTKV = of_picks(q_PV, places_NK).view(*index_BTK.shape, self.head_dim)
         k = self.k(views.k_BTD).unflatten(-1, (-1, self.head_dim))
         v = self.v(views.v_BTD).unflatten(-1, (-1, self.head_dim))
@@ -146,7 +150,9 @@ class MixtureOfHeads(Attention):
             gated_BTHV = out_BTHV * kept[GATES][..., None].to(out_BTHV.dtype)
             return self.o(gated_BTHV.flatten(-2))
         heads_EVD = self.o.weight.unflatten(1, (-1, self.head_dim)).permute(1, 2, 0)
-        y_PD, places_P1 = self.dispatch(out_BTHV.flatten(0, 2), kept[INDEX].view(-1, 1), None, Matrices(heads_EVD))
+        y_PD, places_P1 = self.dispatch(
+            out_BTHV.flatten(0, 2), kept[INDEX].view(-1, 1), None, Matrices(self.grouped_mm, heads_EVD)
+        )
         gates_NK = kept[GATES].flatten(0, 1)
         out_ND = self.combine(y_PD, gates_NK, places_P1.view_as(gates_NK))
         return out_ND.view(*out_BTHV.shape[:2], y_PD.shape[-1])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.grouped_mm import grouped_mm, grouped_mm_loop, grouped_mm_torch
+from tests.compilers import needs_compiler
 
 CASES = {
     "plain": ([3, 2, 4], 16, 24),
@@ -71,3 +72,17 @@ def test_shapes_are_known_on_meta(width: int) -> None:
     assert out_MN.shape == (5, 16)
     out_MN.sum().backward()
     assert a_MK.grad is not None and b_EKN.grad is not None and b_EKN.grad.shape == b_EKN.shape
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_is_compiled_for_every_type_that_it_takes(dtype: torch.dtype) -> None:
+    """torch's own compiler takes bfloat16 alone."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(7, 16, generator=generator).to(dtype).requires_grad_()
+    b = torch.randn(3, 16, 8, generator=generator).to(dtype).requires_grad_()
+    outs = [call(a, b, torch.tensor([4, 0, 3])) for call in (grouped_mm_torch, torch.compile(grouped_mm_torch))]
+    expected, found = ([out, *torch.autograd.grad(out.square().sum(), (a, b))] for out in outs)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
