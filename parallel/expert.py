@@ -11,6 +11,7 @@ from torch import Tensor
 from models.ffn.dispatch import LocalDispatch, Rowwise
 from models.ffn.groups import Grouped, Peers
 from models.ffn.routed import RoutedFFN
+from models.kernels.opaque import varying
 from models.kernels.picks import of_picks
 from models.lm import LM
 from parallel.collectives import all_gather
@@ -34,6 +35,9 @@ class SpreadDispatch(LocalDispatch):
     def forward(
         self, x_ND: Tensor, index_NK: Tensor, keep_NK: Tensor | None, experts: Rowwise
     ) -> tuple[Tensor, Tensor]:
+        return varying(self.spread, x_ND, index_NK, keep_NK, experts)
+
+    def spread(self, x_ND: Tensor, index_NK: Tensor, keep_NK: Tensor | None, experts: Rowwise) -> tuple[Tensor, Tensor]:
         local, number_NK = experts.num_local, self.exchange.numbers(index_NK, experts.num_local)
         bounds = [round(index * len(x_ND) / self.chunks) for index in range(self.chunks + 1)]
         pieces = []

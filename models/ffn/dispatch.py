@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels.grouped_mm import GroupedMM
+from models.kernels.opaque import varying
 from models.kernels.permute import Permute
 from models.kernels.queues import Queues
 
@@ -53,7 +54,8 @@ class LocalDispatch(nn.Module):
         Returns (what the experts make of them, [P, F], places: see `models.kernels.picks`). Places are [N, K]; or as
         many times K as there are parts of each pick's output, which add up.
         """
-        x_PD, places_NK, counts_E = self.arrange(x_ND, index_NK, keep_NK, experts.num_local)
+        order = (x_ND, index_NK, keep_NK, experts.num_local)
+        x_PD, places_NK, counts_E = self.arrange(*order) if keep_NK is None else varying(self.arrange, *order)
         return experts(x_PD, counts_E), places_NK
 
     def arrange(
@@ -66,24 +68,7 @@ class LocalDispatch(nn.Module):
         starts_E = counts_E.cumsum(0) - counts_E
         place_NK = place_1M.view_as(queue_NK)
         places_NK = torch.where(queue_NK < 0, -1, starts_E[queue_NK] + place_NK)
-        # Meta knows no numbers, and has all picks made.
-        if keep_NK is None or keep_NK.is_meta:
-            x_PD = self.permute(x_ND, places_NK, queue_NK.numel())
-        elif torch.compiler.is_compiling():
-            x_PD = self.uncompiled(x_ND, places_NK, counts_E)
-        else:
-            x_PD = self.counted(x_ND, places_NK, counts_E)
-        return x_PD, places_NK, counts_E
-
-    def counted(self, x_ND: Tensor, places_NK: Tensor, counts_E: Tensor) -> Tensor:
-        """How many picks are made is read on the host, since it sets the shape."""
-        return self.permute(x_ND, places_NK, int(counts_E.sum()))
-
-    @torch.compiler.disable()
-    def uncompiled(self, x_ND: Tensor, places_NK: Tensor, counts_E: Tensor) -> Tensor:
-        """`counted`, of which compiled code knows that the number varies: otherwise it would be compiled for each."""
-        from torch._dynamo import maybe_mark_dynamic
-
-        x_PD = self.counted(x_ND, places_NK, counts_E)
-        maybe_mark_dynamic(x_PD, 0)
-        return x_PD
+        # How many picks are made is read on the host, since it sets the shape. Meta, which knows no numbers, has all.
+        every = keep_NK is None or keep_NK.is_meta
+        rows = queue_NK.numel() if every else int(counts_E.sum())
+        return self.permute(x_ND, places_NK, rows), places_NK, counts_E

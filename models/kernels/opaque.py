@@ -3,12 +3,13 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
-from torch import library
+from torch import Tensor, library
 
 Result = TypeVar("Result")
+Rest = TypeVarTuple("Rest")
 
 
 def opaque(function: Callable[..., Result], shapes: Callable[..., Result] | None = None) -> Callable[..., Result]:
@@ -32,3 +33,19 @@ def opaque(function: Callable[..., Result], shapes: Callable[..., Result] | None
 def shaped_by(shapes: Callable[..., Result]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """`opaque` with these shapes, as a decorator."""
     return functools.partial(opaque, shapes=shapes)
+
+
+def varying(function: Callable[..., tuple[Tensor, *Rest]], *args: Any) -> tuple[Tensor, *Rest]:
+    """`function(*args)`, which a compiler calls as it is, to go on with a first result of any number of rows: otherwise
+    it would compile what follows for each number."""
+    return uncompiled(function, *args) if torch.compiler.is_compiling() else function(*args)
+
+
+@torch.compiler.disable()
+def uncompiled(function: Callable[..., tuple[Tensor, *Rest]], *args: Any) -> tuple[Tensor, *Rest]:
+    # Which takes seconds to import, and is there when something is compiled.
+    from torch._dynamo import maybe_mark_dynamic
+
+    out = function(*args)
+    maybe_mark_dynamic(out[0], 0)
+    return out

@@ -62,6 +62,15 @@ def test_any_number_of_picks_is_one_compilation() -> None:
     assert len(rows) > 3 and graphs[0] == graphs[-1]
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_any_number_of_rows_travels(pool: Pool) -> None:
+    """More micro-batches, each with other numbers, than torch would compile for."""
+    settings = Settings(compile=True, micro_batches=compiled.VARIANTS + 4)
+    report = check.run(build(num_layers=1, ffn="moe_plus_plus"), MeshConfig(dp=2, ep=2), settings, pool)
+    assert report.ok, report.wrong
+
+
 def test_a_machine_without_a_compiler_is_refused_in_a_sentence(monkeypatch):
     def missing() -> str:
         raise exc.InvalidCxxCompiler
