@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.library import Library
-from models.kernels.opaque import opaque
+from models.kernels.opaque import opaque, varying
 
 ALIGNMENT = 16  # bytes: what F.grouped_mm asks of every row
 
@@ -75,11 +75,16 @@ class _GroupedMM(torch.autograd.Function):
 
 
 def grouped_mm_loop(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:
-    """The reference: one matrix product per group. Reads the counts on the host, so it waits for the device. On meta,
-    which knows no counts, all rows are of the first group."""
+    """The reference: one matrix product per group. Reads the counts on the host, so it waits for the device, and a
+    compiler leaves it alone. On meta, which knows no counts, all rows are of the first group."""
+    (out_MN,) = varying(products, a_MK, b_EKN, counts_E)
+    return out_MN
+
+
+def products(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> tuple[Tensor]:
     counts = [len(a_MK), *[0] * (len(b_EKN) - 1)] if a_MK.is_meta else counts_E.tolist()
     groups = a_MK.split(counts)
-    return torch.cat([rows @ b_KN for rows, b_KN in zip(groups, b_EKN.unbind(), strict=True)])
+    return (torch.cat([rows @ b_KN for rows, b_KN in zip(groups, b_EKN.unbind(), strict=True)]),)
 
 
 class GroupedMM(Library):

@@ -38,14 +38,9 @@ def shaped_by(shapes: Callable[..., Result]) -> Callable[[Callable[..., Result]]
 def varying(function: Callable[..., tuple[Tensor, *Rest]], *args: Any) -> tuple[Tensor, *Rest]:
     """`function(*args)`, which a compiler calls as it is, to go on with a first result of any number of rows: otherwise
     it would compile what follows for each number."""
-    return uncompiled(function, *args) if torch.compiler.is_compiling() else function(*args)
+    if not torch.compiler.is_compiling():
+        return function(*args)
+    # It imports torch's compiler, which takes a second and is there by now.
+    from models.kernels.uncompiled import uncompiled
 
-
-@torch.compiler.disable()
-def uncompiled(function: Callable[..., tuple[Tensor, *Rest]], *args: Any) -> tuple[Tensor, *Rest]:
-    # Which takes seconds to import, and is there when something is compiled.
-    from torch._dynamo import maybe_mark_dynamic
-
-    out = function(*args)
-    maybe_mark_dynamic(out[0], 0)
-    return out
+    return uncompiled(function, *args)

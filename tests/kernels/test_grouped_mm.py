@@ -82,7 +82,12 @@ def test_is_compiled_for_every_type_that_it_takes(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(7, 16, generator=generator).to(dtype).requires_grad_()
     b = torch.randn(3, 16, 8, generator=generator).to(dtype).requires_grad_()
-    outs = [call(a, b, torch.tensor([4, 0, 3])) for call in (grouped_mm_torch, torch.compile(grouped_mm_torch))]
-    expected, found = ([out, *torch.autograd.grad(out.square().sum(), (a, b))] for out in outs)
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for function in (grouped_mm_torch, grouped_mm_loop):
+        compiled = torch.compile(function)
+        # More counts than a compiler would make code for.
+        for first in range(8):
+            counts = torch.tensor([first, 0, 7 - first])
+            outs = [call(a, b, counts) for call in (function, compiled)]
+            expected, found = ([out, *torch.autograd.grad(out.square().sum(), (a, b))] for out in outs)
+            for x, y in zip(found, expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

@@ -1,6 +1,8 @@
 """How a run chooses among implementations."""
 
 import importlib.util
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -69,6 +71,12 @@ def test_one_word_for_all_and_one_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     others = ("combine", "handover", "linear", "masked_gate", "normed_product", "permute", "queues")
     library = {"attention": "sdpa", "grouped_mm": "loop", "rms_norm": "torch"}
     assert found == {**dict.fromkeys(others, "reference"), "stream_mix": "triton", **library}
+
+
+def test_a_model_is_built_without_torchs_compiler() -> None:
+    """Importing it takes longer than all else."""
+    program = "import sys, models.lm, models.ffn.moe; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
 
 
 def test_what_is_chosen_is_called() -> None:
