@@ -76,6 +76,7 @@ def test_shapes_are_known_on_meta(width: int) -> None:
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, where code goes on
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_compiled_for_every_type_that_it_takes(dtype: torch.dtype) -> None:
     """torch's own compiler takes bfloat16 alone."""
