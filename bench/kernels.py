@@ -64,7 +64,7 @@ def cases() -> Iterator[Case]:
     yield Case("handover", "LayerNorm, 6 columns", (*streams, *layer[1:]), handed, moved)
     yield Case("handover", "RMSNorm, 24 columns", (*streams, *flat[1:]), handed, moved)
     step = (draw(n, d, **wide), draw(n, d), draw(d, **wide))
-    yield Case("grid_add", "a step and its norm", step, stepped, 2 * (2 + 1 + 2 + 2) * n * d)
+    yield Case("grid_add", "a step and its norm", step, stepped, (2 + 1 + 2 + 1 + 2 + 1 + 2 + 2 + 1) * n * d)
     logits = (draw(n, 4, 4, **wide),)
     yield Case("sinkhorn", "20 iterations", logits, lambda call, x: call(x, 20), 2 * 5 * n * 16)
     gate = (draw(n, 12, **wide), draw(n, 12, **wide))

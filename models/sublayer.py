@@ -96,7 +96,8 @@ class Sublayer(nn.Module, Generic[Branch]):
         if then is None:
             after, behind = self.connection.write(state, kept, out_BTD), None
         else:
-            after, behind = self.connection.hand_on(state, kept, out_BTD, then.connection, then.placement)
+            whole = {**state, **result.writes, **kept_beside}
+            after, behind = self.connection.hand_on(whole, kept, out_BTD, then.connection, then.placement)
         return Passed({**after, **result.writes, **kept_beside}, result, behind)
 
     def check_written(self, own: OwnTokens, result: Result) -> None:

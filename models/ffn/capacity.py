@@ -27,7 +27,8 @@ class Room(Grouped):
         super().__init__(group)
         self.numerators, self.denominator = numerators, denominator
         self.by_document = by_document and group == "sequence"
-        self.queues = Queues()
+        # Documents may be as many as tokens: too many queues for counting.
+        self.queues = queues if self.by_document else Queues()
 
     def forward(self, routing: Routing, side: Side) -> Tensor:
         """The picks that find room, bool [B, T, K]: of valid tokens, and of those that the routing keeps."""
@@ -43,11 +44,10 @@ class Room(Grouped):
         shape, rows = whole[..., :-1].shape, 1 if self.group == "microbatch" else len(whole)
         whole = whole.reshape(rows, -1, whole.shape[-1])
         picked_RSK, labels_RS = whole[..., :-1], whole[..., -1]
-        group_RS, groups, of_queue = torch.zeros_like(labels_RS), 1, self.queues
+        group_RS, groups = torch.zeros_like(labels_RS), 1
         if documents_BT is not None:
-            # As many as tokens, perhaps: too many queues for counting.
             group_RS = (labels_RS.diff(dim=1, prepend=labels_RS[:, :1]) != 0).cumsum(1)
-            groups, of_queue = labels_RS.shape[1], queues
+            groups = labels_RS.shape[1]
         tokens_RG = labels_RS.new_zeros(rows, groups).scatter_add(1, group_RS, (labels_RS >= 0).long())
         tokens_RS1 = tokens_RG.gather(1, group_RS)[..., None]
         numerators_E = torch.tensor(self.numerators, dtype=torch.float64, device=whole.device)
@@ -56,10 +56,10 @@ class Room(Grouped):
         queue_RSK = (group_RS[..., None] * count + picked_RSK).where(picked_RSK >= 0, -1)
         queue_RM, num_queues = queue_RSK.flatten(1), groups * count
         if priority is None:
-            place_RM, _ = of_queue(queue_RM, num_queues)
+            place_RM, _ = self.queues(queue_RM, num_queues)
         else:
             order_RM = self.peers.gather(priority).reshape(rows, -1).argsort(dim=1, stable=True)
-            sorted_RM, _ = of_queue(queue_RM.gather(1, order_RM), num_queues)
+            sorted_RM, _ = self.queues(queue_RM.gather(1, order_RM), num_queues)
             place_RM = torch.empty_like(sorted_RM).scatter(1, order_RM, sorted_RM)
         fits_RSK = (place_RM.view_as(picked_RSK) < room_RSK) & (picked_RSK >= 0)
         return self.peers.own(fits_RSK.reshape(shape))

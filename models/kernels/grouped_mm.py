@@ -68,7 +68,12 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         a_MK, b_EKN, ends_E = ctx.saved_tensors
-        grad_MN = grads[0].contiguous()
+        # One of no rows that was expanded is contiguous to torch, and refused.
+        grad_MN = (
+            grads[0].contiguous()
+            if len(grads[0])
+            else torch.zeros_like(grads[0], memory_format=torch.contiguous_format)
+        )
         da_MK = ctx.product(grad_MN, b_EKN.mT, ends_E) if ctx.needs_input_grad[0] else None
         db_EKN = ctx.product(a_MK.mT, grad_MN, ends_E) if ctx.needs_input_grad[1] else None
         return da_MK, db_EKN, None

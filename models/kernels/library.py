@@ -35,8 +35,8 @@ class Library(Op):
             return implementation
         return next(name for name, function in self.implementations.items() if function is self.reference)
 
-    def choice(self, asked: str, device: torch.device, dtype: torch.dtype) -> Choice:
-        return super().choice(self.named(asked), device, dtype)
+    def choice(self, asked: str, device: torch.device, dtype: torch.dtype, key: str) -> Choice:
+        return super().choice(self.named(asked), device, dtype, key)
 
     def choose(self, implementation: str) -> None:
         self.call = self.implementations[self.named(implementation)]

@@ -16,7 +16,7 @@ from torch import nn
 
 AUTO, REFERENCE, TRITON, FLOAT8 = "auto", "reference", "triton", "float8"
 FIRST_WITH_FLOAT8 = (8, 9)  # compute capability
-EVERY = "default"  # in a config: of all operations that it does not name
+KEY, EVERY = "kernels", "default"  # in a config: of all operations that it does not name
 
 Wanted = str | Mapping[str, str]  # of all operations, or by the name of each
 
@@ -30,9 +30,11 @@ class Choice(NamedTuple):
 
 class Op(nn.Module):
     """name: in configs. reference: in plain torch. others: every other implementation, as module:function. They are
-    imported when they are chosen, since what they need may not be installed."""
+    imported when they are chosen, since what they need may not be installed. within: the operations that one of these
+    does as well, in the same implementation."""
 
     name: ClassVar[str]
+    within: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[Callable[..., Any]]
     others: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
@@ -55,11 +57,11 @@ class Op(nn.Module):
         """Why it cannot be called there, None where it can."""
         return without_triton(device) if implementation == TRITON else None
 
-    def choice(self, asked: str, device: torch.device, dtype: torch.dtype) -> Choice:
-        """asked: one of `known`. Raises ValueError for one that cannot be called there."""
+    def choice(self, asked: str, device: torch.device, dtype: torch.dtype, key: str) -> Choice:
+        """asked: one of `known`, under this key. Raises ValueError for one that cannot be called there."""
         if asked != AUTO:
             if reason := self.refusal(asked, device, dtype):
-                raise ValueError(f"kernels.{self.name} is {asked}, and {reason}; use {AUTO} or {REFERENCE}")
+                raise ValueError(f"{key} is {asked}, and {reason}; use {AUTO} or {REFERENCE}")
             return Choice(asked)
         passed_over: list[tuple[str, str]] = []
         for implementation in self.order(device):
@@ -128,10 +130,27 @@ def asked(model: nn.Module, wanted: Wanted) -> dict[str, str]:
 
 
 def choices(model: nn.Module, wanted: Wanted, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
-    """The choice for every operation that the model has, by name. Raises ValueError as `asked` and `Op.choice` do."""
-    found = ops_of(model)
-    # What one layer's cannot be, none is.
-    return {
-        name: max((op.choice(own, device, dtype) for op in found[name]), key=lambda choice: len(choice.passed_over))
-        for name, own in asked(model, wanted).items()
-    }
+    """The choice for every operation that the model has, by name. Raises ValueError as `asked` and `Op.choice` do, and
+    for one that does others as well which are to be done otherwise."""
+    found, by_name = ops_of(model), asked(model, wanted)
+    made: dict[str, Choice] = {}
+    for name, own in by_name.items():
+        key = KEY if isinstance(wanted, str) else f"{KEY}.{name if name in wanted else EVERY}"
+        each = [op.choice(own, device, dtype, key) for op in found[name]]
+        # What one layer's cannot be, none is.
+        made[name] = max(each, key=lambda choice: len(choice.passed_over))
+    for name, choice in made.items():
+        implementation = choice.implementation
+        others = [
+            part for part in found[name][0].within if part in made and made[part].implementation != implementation
+        ]
+        if implementation == REFERENCE or not others:
+            continue
+        reason = f"{others[0]} is {made[others[0]].implementation}"
+        if by_name[name] != AUTO:
+            raise ValueError(
+                f"{KEY}.{name} is {implementation}, which does {others[0]} too, and {reason}; use {KEY}.{name}="
+                f"{REFERENCE}, or {implementation} for both"
+            )
+        made[name] = Choice(REFERENCE, (*choice.passed_over, (implementation, reason)))
+    return made

@@ -3,6 +3,7 @@
 Prints one line per kernel. Kernels are launched as in training, on CPU tensors, with a launch that only compiles.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -72,6 +73,12 @@ def both_passes(outs: Tensor | list[Tensor]) -> None:
     torch.autograd.backward(outs, [torch.zeros_like(out) for out in outs])
 
 
+def first(count: int, logits: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every second of so many."""
+    assert logits is not None
+    return logits[..., :count:2].to(torch.bfloat16), {}
+
+
 def launch_all() -> None:
     """Every kernel, in the types of training: bfloat16 with float32 weights."""
     weights = {"dtype": torch.float32}
@@ -99,6 +106,15 @@ def launch_all() -> None:
     small = draw(4, 1, **weights), draw(1, **weights)
     rows = Reading(normed_product, draw(2048, 6), draw(2048), draw(2048), 1e-5, *small, "tanh", 1)
     both_passes(list(handover(*streams, rows, lambda x: (x[..., :1].to(torch.bfloat16), {}), stream_mix)[:2]))
+    # One and eight streams of fractions.
+    for rows, ways in (4, 4), (64, 8):
+        logits = ways * (1 + rows // ways) + ways
+        fractions = Reading(
+            normed_product, draw(256, logits), draw(256), None, 1e-6, draw(rows, ways, **weights), small[1], "tanh", 2
+        )
+        written = draw(32, rows, 256), draw(32, rows, rows), draw(32, ways, 256), draw(32, ways, rows), False
+        settle = functools.partial(first, 2 * ways)
+        both_passes(list(handover(*written, fractions, settle, stream_mix)[:2]))
     flat = Reading(normed_product, draw(8192, 24), draw(8192), None, 1e-6, *small, "sigmoid", 5, flat=True)
     many = Reading(normed_product, draw(8192, 732), draw(8192), None, 1e-6, *small, "sigmoid", 1, flat=True)
     both_passes(list(handover(*streams, many, lambda x: (x[..., :4, None].to(torch.bfloat16), {}), stream_mix)[:2]))

@@ -26,7 +26,7 @@ def normed(weight: Tensor) -> RMSNorm:
 
 @pytest.mark.parametrize("width", [1, 7, 64, 1025])
 @pytest.mark.parametrize("bits", [None, 10, 44])
-@pytest.mark.parametrize(("count", "factor"), [(0, 1.0), (1, 1.0), (2, 0.5)])
+@pytest.mark.parametrize(("count", "factor"), [(0, 1.0), (1, 1.0), (2, 0.3)])
 @pytest.mark.parametrize("has_norm", [True, False])
 def test_equals_the_reference(width: int, bits: int | None, count: int, factor: float, has_norm: bool) -> None:
     def stepped(call: Callable[..., Any], x: Tensor, *others: Tensor) -> list[Tensor]:

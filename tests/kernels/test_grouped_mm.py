@@ -58,6 +58,12 @@ def test_takes_the_expanded_gradient_of_a_sum(dtype: torch.dtype) -> None:
     assert (a.grad == 8).all() and (b.grad[0] == 1).all() and (b.grad[1] == 2).all()
 
 
+def test_takes_the_gradient_of_a_sum_over_no_rows() -> None:
+    a, b = torch.ones(0, 8, requires_grad=True), torch.ones(2, 8, 8, requires_grad=True)
+    grouped_mm_torch(a, b, torch.tensor([0, 0])).sum().backward()
+    assert a.grad is not None and b.grad is not None and a.grad.shape == a.shape and not b.grad.any()
+
+
 def test_takes_rows_that_are_not_contiguous() -> None:
     a, b = torch.randn(8, 6).T, torch.randn(2, 8, 8)
     torch.testing.assert_close(grouped_mm(a, b, torch.tensor([4, 2])), by_row(a, b, torch.tensor([4, 2])))

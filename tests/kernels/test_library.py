@@ -189,7 +189,7 @@ def test_what_is_chosen_is_called_and_gives_the_same(kind: str) -> None:
 def test_reference_is_one_of_them() -> None:
     for op in {op.name: op for ops in ops_of(LM(build(mixer="gsa", ffn=EXPERTS))).values() for op in ops}.values():
         if isinstance(op, Library):
-            assert op.choice("reference", CPU, torch.float32).implementation in op.known[1:-1]
+            assert op.choice("reference", CPU, torch.float32, "kernels").implementation in op.known[1:-1]
             op.choose("reference")
             assert op.call is type(op).reference
 

@@ -73,6 +73,23 @@ def test_one_word_for_all_and_one_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     assert found == {**dict.fromkeys(others, "reference"), "stream_mix": "triton", **library}
 
 
+def test_an_operation_that_does_others_too_is_not_chosen_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "without_triton", lambda device: None)
+    model = build(residual="hyper")
+
+    def line(**wanted: str) -> str | None:
+        return kernels.line(kernels.chosen(model, wanted, GPU, torch.float32))
+
+    assert "handover triton, " in (line() or "")
+    assert "handover reference (triton: stream_mix is reference), " in (line(stream_mix="reference") or "")
+    assert "handover reference, " in (line(stream_mix="reference", handover="reference") or "")
+    for wanted in {"handover": "triton"}, {"default": "triton"}:
+        with pytest.raises(
+            ValueError, match=r"kernels\.handover is triton, which does normed_product too, and normed_pro"
+        ):
+            line(**wanted, normed_product="reference")
+
+
 def test_a_model_is_built_without_torchs_compiler() -> None:
     """Importing it takes longer than all else."""
     program = "import sys, models.lm, models.ffn.moe; sys.exit('torch._dynamo' in sys.modules)"

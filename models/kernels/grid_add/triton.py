@@ -1,6 +1,7 @@
 """A step of a stream on the grid, and the norm behind it, by Triton kernels that read and write each element once.
 
-With A tensors added to a stream of N D elements, the forward pass must move (A + 3) N D, the backward pass (A + 4) N D.
+With A tensors added to a stream of N D elements and a norm behind them, the forward pass must move (A + 3) N D, the
+backward pass 5 N D; of a norm alone 2 and 3.
 Shape suffixes: N tokens, D width, K programs.
 """
 
@@ -36,10 +37,10 @@ def rounded(x, WIDE: tl.constexpr):
 
 @triton.jit
 def add_kernel(
-    x, first, second, weight, out, normed, scales, width, factor, grid, point, eps, ADDED: tl.constexpr,
+    x, first, second, weight, out, normed, scales, width, grid, point, eps, FACTOR: tl.constexpr, ADDED: tl.constexpr,
     NORM: tl.constexpr, ON_GRID: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One token. grid, point: steps of the grid to 1, and its inverse."""
+    """One token. grid, point: steps of the grid to 1, and its inverse. FACTOR: numbers would come in float32."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < width
@@ -49,7 +50,7 @@ def add_kernel(
         added = tl.load(first + place, mask=inside, other=0.0).to(WIDE)
         if ADDED > 1:
             added += tl.load(second + place, mask=inside, other=0.0).to(WIDE)
-        added *= factor
+        added *= FACTOR
         if ON_GRID:
             added = rounded(added * grid, WIDE) * point
         stored = (total + added).to(out.dtype.element_ty)
@@ -64,10 +65,11 @@ def add_kernel(
 
 @triton.jit
 def add_backward_kernel(
-    out, weight, scales, dout, dnormed, dx, dadded, dweight, tokens, width, factor, ADDED: tl.constexpr,
+    out, weight, scales, dout, dnormed, dx, dadded, dweight, tokens, width, FACTOR: tl.constexpr, ADDED: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Every so many tokens. dout: what comes to the sum from elsewhere. dadded: of each of what was added."""
+    """Every so many tokens. dout: what comes to the sum from elsewhere, where something was added. dadded: of each of
+    what was."""
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     d = tl.arange(0, BLOCK)
     inside = d < width
@@ -81,10 +83,10 @@ def add_backward_kernel(
         share += g * unit
         g *= w
         total = scale * (g - unit * (tl.sum(g * unit, axis=0) / width))
-        total += tl.load(dout + place, mask=inside, other=0.0).to(WIDE)
-        tl.store(dx + place, total.to(dx.dtype.element_ty), mask=inside)
         if ADDED:
-            tl.store(dadded + place, (factor * total).to(dadded.dtype.element_ty), mask=inside)
+            total += tl.load(dout + place, mask=inside, other=0.0).to(WIDE)
+            tl.store(dadded + place, (FACTOR * total).to(dadded.dtype.element_ty), mask=inside)
+        tl.store(dx + place, total.to(dx.dtype.element_ty), mask=inside)
     tl.store(dweight + program * width + d, share, mask=inside)
 
 
@@ -118,8 +120,9 @@ def forward(operands: list[Tensor], added: int, factor: float, bits: int, eps: f
         out_ND = made[0] if added else x_ND
         normed_ND, scale_N = made[-2:] if norm else (x_ND, x_ND)
         add_kernel[(tokens,)](
-            *(x_ND, first, rest[1] if added > 1 else first, operands[-1], out_ND, normed_ND, scale_N, width, factor),
+            *(x_ND, first, rest[1] if added > 1 else first, operands[-1], out_ND, normed_ND, scale_N, width),
             *(2.0**bits, 2.0**-bits, eps),
+            FACTOR=factor,
             ADDED=added,
             NORM=norm,
             ON_GRID=bits != NO_GRID,
@@ -135,22 +138,25 @@ def gradient_shapes(operands: list[Tensor], added_type: torch.dtype | None, fact
     programs = max(1, min(PROGRAMS, len(out_ND)))
     dweight_KD = scale_N.new_empty(programs, weight_D.shape[0])
     of_added = [] if added_type is None else [out_ND.new_empty(out_ND.shape, dtype=added_type)]
-    return [torch.empty_like(operands[3], memory_format=torch.contiguous_format), dweight_KD, *of_added]
+    return [torch.empty_like(out_ND, memory_format=torch.contiguous_format), dweight_KD, *of_added]
 
 
 @shaped_by(gradient_shapes)
 def backward(operands: list[Tensor], added_type: torch.dtype | None, factor: float) -> list[Tensor]:
-    """operands: the sum [N, D], the weight [D], the scales [N], the gradients of the sum and of the normed. Returns
-    those of x, of the weight in parts [K, D], and of what was added, which is of this type."""
+    """operands: the sum [N, D], the weight [D], the scales [N], the gradient of the normed and, where something was
+    added, of the sum. Returns those of x, of the weight in parts [K, D], and of what was added, which is of this type.
+    """
     made = gradient_shapes(operands, added_type, factor)
-    out_ND, weight_D, scale_N, dout_ND, dnormed_ND = (operand.contiguous() for operand in operands)
+    out_ND, weight_D, scale_N, dnormed_ND, *rest = (operand.contiguous() for operand in operands)
     dx_ND, dweight_KD, *of_added = made
     if not len(out_ND):
         dweight_KD.zero_()
         return made
+    # What is not there is not read: anything stands for it.
     add_backward_kernel[(len(dweight_KD),)](
-        *(out_ND, weight_D, scale_N, dout_ND, dnormed_ND, dx_ND, of_added[0] if of_added else dx_ND, dweight_KD),
-        *(*out_ND.shape, factor),
+        *(out_ND, weight_D, scale_N, *(rest or [dnormed_ND]), dnormed_ND, dx_ND, *(of_added or [dx_ND]), dweight_KD),
+        *out_ND.shape,
+        FACTOR=factor,
         ADDED=bool(of_added),
         BLOCK=triton.next_power_of_2(out_ND.shape[1]),
         WIDE=wide(out_ND.dtype),
@@ -179,8 +185,7 @@ class _GridAdd(torch.autograd.Function):
         if not ctx.saved_tensors:
             return None, grads[0].to(types[0]), *((factor * grads[0]).to(dtype) for dtype in types[1:])
         out_ND, weight_D, scale_N = ctx.saved_tensors
-        dout_ND = grads[0] if added else torch.zeros_like(out_ND)
-        operands = [out_ND, weight_D, scale_N, dout_ND, grads[-1]]
+        operands = [out_ND, weight_D, scale_N, grads[-1], *grads[:-1]]
         dx_ND, dweight_KD, *of_added = backward(operands, types[1] if added else None, factor)
         of_added = [of_added[0].to(dtype) for dtype in types[1 : 1 + added]]
         return None, dx_ND.to(types[0]), *of_added, dweight_KD.sum(0).to(weight_D.dtype)

@@ -14,5 +14,6 @@ class Handover(Op):
     (streams [..., R, D], read [..., Q, D], kept); see `reference`."""
 
     name = "handover"
+    within = ("stream_mix", "normed_product")
     reference: ClassVar[Callable[..., Any]] = staticmethod(handover)
     others = MappingProxyType({"triton": "models.kernels.handover.triton:handover"})

@@ -2,11 +2,13 @@
 summed up, a block of channels after another; then what is read of them comes back out of the cache.
 
 The forward pass must move (2 R + P + Q) N D elements. The backward pass is that of its parts, which are given what the
-kernel made. Shape suffixes: N tokens, R rows (streams, or their fractions), Q rows read, P rows of what a branch made,
-J = R + P, D width, K logits of a row or, flat, of all rows.
+kernel made; it takes the read's weights as `settle` rounds them, where the kernel has them in float32.
+Shape suffixes: N tokens, R rows (streams, or their fractions), Q rows read, P rows of what a branch made, J = R + P,
+D width, K logits of a row or, flat, of all rows.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -20,89 +22,143 @@ from models.kernels.stream_mix.triton import mixed, operands
 from models.kernels.wide import wide
 from models.state import State
 
-TOKENS = 16  # of a program; what a product of tiles takes
+LINES = 64  # rows of a program, if there are no more of a token
+BLOCK = 64  # channels
+TOKENS = 16  # of a program whose logits are flat; what a product of tiles takes
 
 
 @triton.jit
-def handover_kernel(
-    streams, out, w, w_stride, columns, sums, shift, static, scale, written, logits, means, scales, read, tokens,
-    width, rows, made, count, ways, stride, eps, RPADDED: tl.constexpr, CPADDED: tl.constexpr, BLOCK: tl.constexpr,
-    FLAT: tl.constexpr, CENTRED: tl.constexpr, SQUASH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TOKENS: tl.constexpr,
-):  # fmt: skip
-    """made: P. count: K. ways: Q. sums: of the columns. shift, static: of each logit of a token."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    there = token < tokens
-    row, column = tl.arange(0, RPADDED), tl.arange(0, CPADDED)
-    owner = tl.zeros([CPADDED], tl.int32) if FLAT else column // count
-    own = column - owner * count
-    product = tl.zeros([TOKENS, CPADDED], WIDE)
-    total, square = tl.zeros([TOKENS, RPADDED], WIDE), tl.zeros([TOKENS, RPADDED], WIDE)
-    for start in range(0, width, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        here = there[:, None] & (d < width)[None, :]
-        for q in range(rows):
-            x = tl.zeros([TOKENS, BLOCK], WIDE)
-            weight = w + token * w_stride + q * (rows + made)
-            for j in range(rows):
-                part = tl.load(streams + (token * rows + j)[:, None] * width + d[None, :], mask=here, other=0.0)
-                x += tl.load(weight + j, mask=there, other=0.0).to(WIDE)[:, None] * part.to(WIDE)
-            for p in range(made):
-                part = tl.load(out + (token * made + p)[:, None] * width + d[None, :], mask=here, other=0.0)
-                x += tl.load(weight + rows + p, mask=there, other=0.0).to(WIDE)[:, None] * part.to(WIDE)
-            stored = x.to(written.dtype.element_ty)
-            tl.store(written + (token * rows + q)[:, None] * width + d[None, :], stored, mask=here)
-            x = stored.to(WIDE)
-            total += tl.where((row == q)[None, :], tl.sum(x, axis=1)[:, None], 0.0)
-            square += tl.where((row == q)[None, :], tl.sum(x * x, axis=1)[:, None], 0.0)
-            # A row's logits are its own columns of the product.
-            first = q * width if FLAT else 0
-            mine = column < count if FLAT else owner == q
-            column_DK = columns + (first + d)[:, None] * count + own[None, :]
-            tile = tl.load(column_DK, mask=(d < width)[:, None] & mine[None, :], other=0.0).to(WIDE)
-            product += tl.dot(x, tile, input_precision=PRECISION, out_dtype=WIDE)
-    if FLAT:
-        total, square = tl.sum(total, axis=1)[:, None], tl.sum(square, axis=1)[:, None]
-        size = width * rows
-        lines, line = token[:, None], there[:, None]
-    else:
-        size = width
-        lines, line = token[:, None] * rows + row[None, :], there[:, None] & (row < rows)[None, :]
-    mean = total / size if CENTRED else tl.zeros_like(total)
-    # The difference of two sums may round to less than nothing.
-    factor = 1.0 / tl.sqrt(tl.maximum(square / size - mean * mean, 0.0) + eps)
-    tl.store(means + lines, mean, mask=line)
-    tl.store(scales + lines, factor, mask=line)
-    if not FLAT:
-        mine = owner[None, None, :] == row[None, :, None]
-        mean = tl.sum(tl.where(mine, mean[:, :, None], 0.0), axis=1)
-        factor = tl.sum(tl.where(mine, factor[:, :, None], 0.0), axis=1)
-    all_columns = count if FLAT else rows * count
-    inside = column < all_columns
-    product = (product - mean * tl.load(sums + own, mask=inside, other=0.0).to(WIDE)[None, :]) * factor
-    place = token[:, None] * all_columns + column[None, :]
-    tl.store(logits + place, product, mask=there[:, None] & inside[None, :])
-    z = product + tl.load(shift + own, mask=inside, other=0.0).to(WIDE)[None, :]
-    still, by = tl.load(static + column, mask=inside, other=0.0).to(WIDE)[None, :], tl.load(scale).to(WIDE)
+def mixed_lines(streams, out, w, w_stride, token, q, d, line, here, rows, made, width, LINES: tl.constexpr,
+                BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Row q of its token for each line, [LINES, BLOCK]. made: P."""
+    x = tl.zeros([LINES, BLOCK], WIDE)
+    weight = w + token * w_stride + q * (rows + made)
+    for j in range(rows):
+        part = tl.load(streams + (token * rows + j)[:, None] * width + d[None, :], mask=here, other=0.0)
+        x += tl.load(weight + j, mask=line, other=0.0).to(WIDE)[:, None] * part.to(WIDE)
+    for p in range(made):
+        part = tl.load(out + (token * made + p)[:, None] * width + d[None, :], mask=here, other=0.0)
+        x += tl.load(weight + rows + p, mask=line, other=0.0).to(WIDE)[:, None] * part.to(WIDE)
+    return x
+
+
+@triton.jit
+def squashed(still, by, z, SQUASH: tl.constexpr):
+    """Weights, from the static parts, their scale and the logits."""
     if SQUASH == "sigmoid":
         weights = 1.0 / (1.0 + tl.exp(-(still + by * z)))
     elif SQUASH == "tanh":
         weights = still + by * (2.0 / (1.0 + tl.exp(-2.0 * z)) - 1.0)
     else:
         weights = still + by * z
-    # Threads read here what others of this program wrote.
-    tl.debug_barrier()
-    step = stride if FLAT else count
+    return weights
+
+
+@triton.jit
+def normed_scale(total, square, size, eps, CENTRED: tl.constexpr):
+    """Mean and factor of a norm over so many elements."""
+    mean = total / size if CENTRED else tl.zeros_like(total)
+    # The difference of two sums may round to less than nothing.
+    return mean, 1.0 / tl.sqrt(tl.maximum(square / size - mean * mean, 0.0) + eps)
+
+
+@triton.jit
+def rows_kernel(
+    streams, out, w, w_stride, columns, sums, shift, static, scale, written, logits, means, scales, read, tokens,
+    width, rows, made, count, ways, stride, eps, RPADDED: tl.constexpr, CPADDED: tl.constexpr, BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr, SQUASH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Logits of each row. A line is a row of a token. made: P. count: K. ways: Q. sums: of the columns. static: of each
+    row and logit."""
+    line, column = tl.arange(0, LINES), tl.arange(0, CPADDED)
+    q = line % RPADDED
+    token = tl.program_id(0).to(tl.int64) * (LINES // RPADDED) + line // RPADDED
+    there = (token < tokens) & (q < rows)
+    place = token * rows + q
+    product = tl.zeros([LINES, CPADDED], WIDE)
+    total, square = tl.zeros([LINES], WIDE), tl.zeros([LINES], WIDE)
     for start in range(0, width, BLOCK):
         d = start + tl.arange(0, BLOCK)
         here = there[:, None] & (d < width)[None, :]
+        x = mixed_lines(streams, out, w, w_stride, token, q, d, there, here, rows, made, width, LINES, BLOCK, WIDE)
+        stored = x.to(written.dtype.element_ty)
+        tl.store(written + place[:, None] * width + d[None, :], stored, mask=here)
+        x = stored.to(WIDE)
+        total += tl.sum(x, axis=1)
+        square += tl.sum(x * x, axis=1)
+        inside = (d < width)[:, None] & (column < count)[None, :]
+        tile = tl.load(columns + d[:, None] * count + column[None, :], mask=inside, other=0.0).to(WIDE)
+        product += tl.dot(x, tile, input_precision=PRECISION, out_dtype=WIDE)
+    mean, factor = normed_scale(total, square, width, eps, CENTRED)
+    tl.store(means + place, mean, mask=there)
+    tl.store(scales + place, factor, mask=there)
+    inside = there[:, None] & (column < count)[None, :]
+    each = tl.load(sums + column, mask=column < count, other=0.0).to(WIDE)
+    product = (product - mean[:, None] * each[None, :]) * factor[:, None]
+    tl.store(logits + place[:, None] * count + column[None, :], product, mask=inside)
+    z = product + tl.load(shift + column, mask=column < count, other=0.0).to(WIDE)[None, :]
+    still = tl.load(static + q[:, None] * count + column[None, :], mask=inside, other=0.0).to(WIDE)
+    weights = squashed(still, tl.load(scale).to(WIDE), z, SQUASH)
+    # Threads read here what others of this program wrote.
+    tl.debug_barrier()
+    owner = tl.program_id(0).to(tl.int64) * (LINES // RPADDED) + tl.arange(0, LINES // RPADDED)
+    for start in range(0, width, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        here = there[:, None] & (d < width)[None, :]
+        x = tl.load(written + place[:, None] * width + d[None, :], mask=here, other=0.0).to(WIDE)
         for c in range(ways):
-            x = tl.zeros([TOKENS, BLOCK], WIDE)
-            for r in range(rows):
-                weight = tl.sum(tl.where((column == r * step + c * stride)[None, :], weights, 0.0), axis=1)
-                part = tl.load(written + (token * rows + r)[:, None] * width + d[None, :], mask=here, other=0.0)
-                x += weight[:, None] * part.to(WIDE)
-            tl.store(read + (token * ways + c)[:, None] * width + d[None, :], x.to(read.dtype.element_ty), mask=here)
+            weight = tl.sum(tl.where((column == c * stride)[None, :], weights, 0.0), axis=1)
+            found = tl.sum(tl.reshape(x * weight[:, None], [LINES // RPADDED, RPADDED, BLOCK]), axis=1)
+            to = read + (owner * ways + c)[:, None] * width + d[None, :]
+            tl.store(to, found.to(read.dtype.element_ty), mask=(owner < tokens)[:, None] & (d < width)[None, :])
+
+
+@triton.jit
+def flat_kernel(
+    streams, out, w, w_stride, columns, sums, shift, static, scale, written, logits, means, scales, read, tokens,
+    width, rows, made, count, ways, stride, eps, CPADDED: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
+    SQUASH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Logits of all rows of a token, which is a line. ways: 1. static: of each logit. Else see `rows_kernel`."""
+    token = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    there, column = token < tokens, tl.arange(0, CPADDED)
+    product = tl.zeros([LINES, CPADDED], WIDE)
+    total, square = tl.zeros([LINES], WIDE), tl.zeros([LINES], WIDE)
+    for start in range(0, width, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        here = there[:, None] & (d < width)[None, :]
+        inside = (d < width)[:, None] & (column < count)[None, :]
+        for q in range(rows):
+            x = mixed_lines(streams, out, w, w_stride, token, q, d, there, here, rows, made, width, LINES, BLOCK, WIDE)
+            stored = x.to(written.dtype.element_ty)
+            tl.store(written + (token * rows + q)[:, None] * width + d[None, :], stored, mask=here)
+            x = stored.to(WIDE)
+            total += tl.sum(x, axis=1)
+            square += tl.sum(x * x, axis=1)
+            of_row = columns + (q * width + d)[:, None] * count + column[None, :]
+            tile = tl.load(of_row, mask=inside, other=0.0).to(WIDE)
+            product += tl.dot(x, tile, input_precision=PRECISION, out_dtype=WIDE)
+    mean, factor = normed_scale(total, square, width * rows, eps, CENTRED)
+    tl.store(means + token, mean, mask=there)
+    tl.store(scales + token, factor, mask=there)
+    each = tl.load(sums + column, mask=column < count, other=0.0).to(WIDE)
+    product = (product - mean[:, None] * each[None, :]) * factor[:, None]
+    place = token[:, None] * count + column[None, :]
+    tl.store(logits + place, product, mask=there[:, None] & (column < count)[None, :])
+    z = product + tl.load(shift + column, mask=column < count, other=0.0).to(WIDE)[None, :]
+    still = tl.load(static + column, mask=column < count, other=0.0).to(WIDE)[None, :]
+    weights = squashed(still, tl.load(scale).to(WIDE), z, SQUASH)
+    # Threads read here what others of this program wrote.
+    tl.debug_barrier()
+    for start in range(0, width, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        here = there[:, None] & (d < width)[None, :]
+        found = tl.zeros([LINES, BLOCK], WIDE)
+        for r in range(rows):
+            weight = tl.sum(tl.where((column == r * stride)[None, :], weights, 0.0), axis=1)
+            part = tl.load(written + (token * rows + r)[:, None] * width + d[None, :], mask=here, other=0.0)
+            found += weight[:, None] * part.to(WIDE)
+        tl.store(read + token[:, None] * width + d[None, :], found.to(read.dtype.element_ty), mask=here)
 
 
 def shapes(groups: list[Tensor], w: Tensor, table: list[Tensor], numbers: list[int], *rest: object) -> list[Tensor]:
@@ -129,23 +185,26 @@ def forward(
     groups = [group.contiguous() for group in groups]
     (streams_NRD, out_NPD), (columns_DK, *others), (ways, stride, flat, centred) = groups, table, numbers
     (tokens, rows, width), count = streams_NRD.shape, columns_DK.shape[1]
-    columns = count if flat else rows * count
-    if tokens:
-        handover_kernel[(triton.cdiv(tokens, TOKENS),)](
-            *(streams_NRD, out_NPD, w.contiguous(), w.shape[-2] * w.shape[-1] if w.dim() == 3 else 0),
-            *(columns_DK.contiguous(), columns_DK.sum(0), *others, *made),
-            *(tokens, width, rows, out_NPD.shape[1], count, ways, stride, eps),
-            RPADDED=triton.next_power_of_2(rows),
-            CPADDED=padded(columns),
-            BLOCK=depth(columns),
-            FLAT=bool(flat),
-            CENTRED=bool(centred),
-            SQUASH=squash,
-            WIDE=wide(columns_DK.dtype, streams_NRD.dtype),
-            # A product of bfloat16 has fewer digits than TF32 keeps.
-            PRECISION="tf32" if streams_NRD.dtype == torch.bfloat16 else "ieee",
-            TOKENS=TOKENS,
-        )
+    if not tokens:
+        return made
+    flags: dict[str, Any] = {"LINES": TOKENS}
+    kernel = flat_kernel
+    if not flat:
+        kernel, of_token = rows_kernel, triton.next_power_of_2(rows)
+        flags = {"RPADDED": of_token, "LINES": max(LINES, of_token)}
+    kernel[(triton.cdiv(tokens, flags["LINES"] // flags.get("RPADDED", 1)),)](
+        *(streams_NRD, out_NPD, w.contiguous(), w.shape[-2] * w.shape[-1] if w.dim() == 3 else 0),
+        *(columns_DK.contiguous(), columns_DK.sum(0), *others, *made),
+        *(tokens, width, rows, out_NPD.shape[1], count, ways, stride, eps),
+        CPADDED=padded(count),
+        BLOCK=min(depth(count), BLOCK),
+        CENTRED=bool(centred),
+        SQUASH=squash,
+        WIDE=wide(columns_DK.dtype, streams_NRD.dtype),
+        # A product of bfloat16 has fewer digits than TF32 keeps.
+        PRECISION="tf32" if streams_NRD.dtype == torch.bfloat16 else "ieee",
+        **flags,
+    )
     return made
 
 
@@ -168,7 +227,7 @@ def handover(
     settle: Settle,
     mix: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor, State]:
-    """See `models.kernels.handover.reference`; of its parts the kernels are these here."""
+    """See `models.kernels.handover.reference`. `mix` and the product are those of Triton: see `Op.within`."""
     tokens, rows = streams_RD.shape[:-2], streams_RD.shape[-2]
     w, groups = operands(streams_RD, m_RR, out_PD, b_PR, moves)
     if reading is None:

@@ -16,12 +16,13 @@ HELD = 64  # queues that a program counts at once
 
 
 @triton.jit
-def count_kernel(queue, counts, items, queues, BLOCK: tl.constexpr, HELD: tl.constexpr):
+def count_kernel(queue, counts, items, queues, blocks, BLOCK: tl.constexpr, HELD: tl.constexpr):
     """counts: of each block, [R, B, Q]."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program = tl.program_id(0).to(tl.int64)
+    row, block = program // blocks, program % blocks
     item = block * BLOCK + tl.arange(0, BLOCK)
     own = tl.load(queue + row * items + item, mask=item < items, other=-1)
-    first = (row * tl.num_programs(1) + block) * queues
+    first = program * queues
     for start in range(0, queues, HELD):
         number = start + tl.arange(0, HELD)
         there = tl.sum((own[:, None] == number[None, :]).to(tl.int32), axis=0)
@@ -29,13 +30,14 @@ def count_kernel(queue, counts, items, queues, BLOCK: tl.constexpr, HELD: tl.con
 
 
 @triton.jit
-def place_kernel(queue, before, place, items, queues, BLOCK: tl.constexpr):
+def place_kernel(queue, before, place, items, queues, blocks, BLOCK: tl.constexpr):
     """before: of each queue in earlier blocks, [R, B, Q]."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program = tl.program_id(0).to(tl.int64)
+    row, block = program // blocks, program % blocks
     index = tl.arange(0, BLOCK)
     item = block * BLOCK + index
     own = tl.load(queue + row * items + item, mask=item < items, other=-1)
-    first = (row * tl.num_programs(1) + block) * queues
+    first = program * queues
     ahead = (own[:, None] == own[None, :]) & (index[None, :] < index[:, None])
     there = tl.load(before + first + own, mask=own >= 0, other=0)
     rank = tl.sum(ahead.to(tl.int32), axis=1) + there
@@ -54,10 +56,11 @@ def placed(queue_RM: Tensor, num_queues: int) -> list[Tensor]:
         return [torch.empty_like(queue_RM), queue_RM.new_zeros(rows, num_queues)]
     place_RM, blocks = torch.empty_like(queue_RM), triton.cdiv(items, ITEMS)
     counts_RBQ = queue_RM.new_empty(rows, blocks, num_queues, dtype=torch.int32)
-    count_kernel[(rows, blocks)](queue_RM, counts_RBQ, items, num_queues, BLOCK=ITEMS, HELD=HELD)
+    # Along the first axis, since a GPU's others end at 65,535.
+    count_kernel[(rows * blocks,)](queue_RM, counts_RBQ, items, num_queues, blocks, BLOCK=ITEMS, HELD=HELD)
     until_RBQ = counts_RBQ.cumsum(1)
     before_RBQ = (until_RBQ - counts_RBQ).to(torch.int32)
-    place_kernel[(rows, blocks)](queue_RM, before_RBQ, place_RM, items, num_queues, BLOCK=ITEMS)
+    place_kernel[(rows * blocks,)](queue_RM, before_RBQ, place_RM, items, num_queues, blocks, BLOCK=ITEMS)
     return [place_RM, until_RBQ[:, -1].contiguous()]
 
 
