@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.buffers import reset_buffers
-from models.kernels.library import Library
+from models.kernels.of_libraries import Library
 from models.kernels.op import FLOAT8, REFERENCE, Op, without_float8
 from models.kernels.rms_norm import rms_norm, rms_norm_rows, rms_norm_torch
 from models.limits import check_size

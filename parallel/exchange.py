@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.kernels.picks import in_order
 from parallel.in_flight import Flight, Start, Started
 from parallel.ranks import Ranks
 
@@ -38,7 +39,7 @@ class Leg:
     def landed_back(self, flight: Flight) -> Tensor:
         """Those rows, as they were before `start`."""
         y_MD = flight.wait()
-        return y_MD if self.before is None else y_MD.index_select(0, inverse(self.before))
+        return y_MD if self.before is None else y_MD.index_select(0, in_order(self.before, len(y_MD)))
 
     def returning(self) -> Start:
         return self._to(self.send, self.receive)
@@ -120,11 +121,6 @@ def exchanged(counts: Tensor, ranks: Ranks) -> Tensor:
 def sizes(counts: Tensor) -> list[int]:
     """Of the messages to, or from, the ranks along the first dimension."""
     return counts.flatten(1).sum(1).tolist()
-
-
-def inverse(order_M: Tensor) -> Tensor:
-    """The permutation that undoes `order_M`."""
-    return torch.empty_like(order_M).scatter(0, order_M, torch.arange(order_M.shape[0], device=order_M.device))
 
 
 def swapped(counts: Tensor) -> Tensor:

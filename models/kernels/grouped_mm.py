@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.library import Library
+from models.kernels.of_libraries import Library
 from models.kernels.opaque import opaque, varying
 
 ALIGNMENT = 16  # bytes: what F.grouped_mm asks of every row
@@ -69,11 +69,7 @@ class _GroupedMM(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         a_MK, b_EKN, ends_E = ctx.saved_tensors
         # One of no rows that was expanded is contiguous to torch, and refused.
-        grad_MN = (
-            grads[0].contiguous()
-            if len(grads[0])
-            else torch.zeros_like(grads[0], memory_format=torch.contiguous_format)
-        )
+        grad_MN = grads[0].contiguous() if len(grads[0]) else grads[0].new_zeros(grads[0].shape)
         da_MK = ctx.product(grad_MN, b_EKN.mT, ends_E) if ctx.needs_input_grad[0] else None
         db_EKN = ctx.product(a_MK.mT, grad_MN, ends_E) if ctx.needs_input_grad[1] else None
         return da_MK, db_EKN, None

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.kernels.handover.reading import Reading, Squash
+from models.kernels.handover.reading import Reading
 from models.limits import above_zero, at_least
 from models.params import Constant, declare
 from models.residual.stream_norm import Kind, stream_norm
 from models.residual.streams import StreamCloser, StreamOpener, Streams
 from models.slots import Closer, Connection, Opener, ResidualConfig
+
+Activation = Literal["tanh", "identity"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class HyperConnections(StaticHyperConnections, kind="hyper"):
 
     norm: Kind = "layer"
     norm_eps: float = 1e-5
-    activation: Literal["tanh", "identity"] = "tanh"
+    activation: Activation = "tanh"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +68,10 @@ class HyperConnections(StaticHyperConnections, kind="hyper"):
 
     def connect(self, ctx: LayerContext, branch: Literal["mixer", "ffn"], shortcut: nn.Module) -> Connection:
         return DynamicHyper(self, ctx.d_model, ctx.sublayer(branch))
+
+
+def activated(logits: Tensor, activation: Activation) -> Tensor:
+    return logits.tanh() if activation == "tanh" else logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +120,7 @@ class DynamicHyper(StaticHyper):
     def __init__(self, config: HyperConnections, d_model: int, index: int) -> None:
         super().__init__(d_model, config.streams, index)
         self.norm = stream_norm(config.norm, d_model, config.norm_eps)
-        self.squash: Squash = config.activation
-        self.activation = nn.Tanh() if config.activation == "tanh" else nn.Identity()
+        self.activation: Activation = config.activation
         declare(self, "dynamic_alpha", (d_model, 1 + config.streams), Constant(0.0), role="gate")
         declare(self, "dynamic_beta", (d_model, 1), Constant(0.0), role="gate")
         declare(self, "alpha_scale", (1,), Constant(0.01))
@@ -124,10 +129,11 @@ class DynamicHyper(StaticHyper):
     def reading(self) -> Reading:
         columns = torch.cat([self.dynamic_alpha, self.dynamic_beta], dim=1)
         static_N1 = self.static_alpha[:, :1]
-        return Reading(*self.norm.operands(columns), static_N1, self.alpha_scale, self.squash, stride=1)
+        return Reading(*self.norm.operands(columns), static_N1, self.alpha_scale, self.activation, stride=1)
 
     def matrices(self, logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        dynamic = self.activation(logits)
+        assert logits is not None
+        dynamic = activated(logits, self.activation)
         alpha = torch.addcmul(self.static_alpha, dynamic[..., :-1], self.alpha_scale)
         return alpha, torch.addcmul(self.static_beta, dynamic[..., -1], self.beta_scale)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from models.context import LayerContext
-from models.kernels.handover.reading import Reading, Squash
+from models.kernels.handover.reading import Reading
 from models.limits import at_least
 from models.params import Constant, declare
-from models.residual.hyper import HyperConnections
+from models.residual.hyper import Activation, HyperConnections, activated
 from models.residual.stream_norm import stream_norm
 from models.residual.streams import Streams, stream_sums
 from models.slots import Connection
@@ -80,8 +80,7 @@ class FractionalHyper(Streams):
         self.fractions, streams = (fractions := config.fractions), config.streams
         width, columns = d_model // fractions, fractions * (1 + streams)
         self.norm = stream_norm(config.norm, width, config.norm_eps)
-        self.squash: Squash = config.activation
-        self.activation = nn.Tanh() if config.activation == "tanh" else nn.Identity()
+        self.activation: Activation = config.activation
         alpha = FractionalAlpha(index % streams, streams)
         declare(self, "static_alpha", (fractions * streams, columns), alpha, decay=False)
         declare(self, "static_beta", (fractions, streams, fractions), FractionalBeta(), decay=False)
@@ -106,10 +105,14 @@ class FractionalHyper(Streams):
     def reading(self) -> Reading:
         columns = torch.cat([self.dynamic_alpha, self.dynamic_beta], dim=1)
         stride = 1 + self.streams
-        return Reading(*self.norm.operands(columns), self.by_row()[:, ::stride], self.alpha_scale, self.squash, stride)
+        return Reading(
+            *self.norm.operands(columns), self.by_row()[:, ::stride], self.alpha_scale, self.activation, stride
+        )
 
     def settle(self, logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        dynamic_alpha, dynamic_beta = self.activation(logits).tensor_split([self.static_alpha.shape[1]], dim=-1)
+        assert logits is not None
+        dynamic = activated(logits, self.activation)
+        dynamic_alpha, dynamic_beta = dynamic.tensor_split([self.static_alpha.shape[1]], dim=-1)
         alpha = torch.addcmul(self.by_row(), dynamic_alpha, self.alpha_scale)
         alpha_BTRQM = alpha.unflatten(-1, (self.fractions, -1))
         dynamic_beta = dynamic_beta.unflatten(-2, (self.streams, self.fractions)).transpose(-3, -2)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.kernels.library import Library
 from models.kernels.linear import fused
+from models.kernels.of_libraries import Library
 from models.kernels.op import ops_of
 from models.lm import LM
 from models.params import initialize

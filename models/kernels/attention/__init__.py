@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.kernels.attention.blocked import attend_blocked
 from models.kernels.attention.reference import as_bias, as_gated_bias, attend, visibility
-from models.kernels.library import Library
+from models.kernels.of_libraries import Library
 
 __all__ = [
     "Attend",
@@ -103,16 +103,8 @@ class Softmax(Library):
     def order(self, device: torch.device) -> tuple[str, ...]:
         return ("blocks",) if device.type == "cpu" else ("sdpa",)
 
-    def causal(
-        self,
-        q_BTHK: Tensor,
-        k_BTJK: Tensor,
-        v_BTJV: Tensor,
-        positions_BT: Tensor,
-        documents_BT: Tensor | None,
-        window: int | None,
-    ) -> Tensor:
-        return self.call(q_BTHK, k_BTJK, v_BTJV, positions_BT, documents_BT, window)
+    def causal(self, *args: Any) -> Tensor:
+        return self.call(*args)
 
     def beside(self, out_BTHV: Tensor, lse_BTH: Tensor) -> Tensor:
         return out_BTHV

@@ -11,8 +11,8 @@ from torch import Tensor
 from models.state import State
 
 Squash = Literal["identity", "tanh", "sigmoid"]
+# From the logits, if there are any, to the weights [..., R, Q] of what is read, and what the write after it needs.
 Settle = Callable[[Tensor | None], tuple[Tensor, State]]
-"""From the logits, if there are any, to the weights [..., R, Q] of what is read, and what the write after it needs."""
 
 
 class Reading(NamedTuple):

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from models.kernels.library import Library
 from models.kernels.linear.chunked import chunked
 from models.kernels.linear.fused import fused, without_fla
 from models.kernels.linear.recurrent import recurrent
+from models.kernels.of_libraries import Library
 
 
 def matrix_recurrence(
