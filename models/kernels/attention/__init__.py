@@ -103,8 +103,8 @@ class Softmax(Library):
     def order(self, device: torch.device) -> tuple[str, ...]:
         return ("blocks",) if device.type == "cpu" else ("sdpa",)
 
-    def causal(self, *args: Any) -> Tensor:
-        return self.call(*args)
+    def causal(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.call(*args, **kwargs)
 
     def beside(self, out_BTHV: Tensor, lse_BTH: Tensor) -> Tensor:
         return out_BTHV
