@@ -20,7 +20,7 @@ from tests.trainer.runs import prepare_data, records, run_config
 from trainer.config import RunConfig
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-STEPS = 300
+STEPS = 100
 
 
 @pytest.fixture(scope="module")

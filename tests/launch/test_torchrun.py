@@ -20,10 +20,16 @@ TORCHRUN = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv
 @pytest.mark.parametrize(
     "command",
     [
-        [*TORCHRUN, "--rdzv-endpoint={endpoint}", "--rdzv-id=two", "-m", "trainer.train", "{config}"],
-        ["launch.cli", "launch", "--nodes=2", "--rdzv-endpoint={endpoint}", "--rdzv-id=two", "{config}"],
+        pytest.param(
+            [*TORCHRUN, "--rdzv-endpoint={endpoint}", "--rdzv-id=two", "-m", "trainer.train", "{config}"], id="torchrun"
+        ),
+        # Slow, since test_hosts.py starts runs so too.
+        pytest.param(
+            ["launch.cli", "launch", "--nodes=2", "--rdzv-endpoint={endpoint}", "--rdzv-id=two", "{config}"],
+            id="weft",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["torchrun", "weft"],
 )
 def test_two_machines_by_hand(tmp_path: Path, command: list[str]) -> None:
     config = run_config(prepare_data(tmp_path), tmp_path / "run", MeshConfig(fsdp=2), steps=3)

@@ -30,7 +30,9 @@ def refuse_differing_bits(config: LMConfig, dtype: torch.dtype) -> None:
         assert not differing, (kept.kind, len(differing), len(plain.gradients))
 
 
-@pytest.mark.parametrize("residual", ["reversible", "midpoint", "split3"])
+@pytest.mark.parametrize(
+    "residual", ["reversible", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("midpoint", "split3"))]
+)
 def test_bit_for_bit_on_a_grid_at_depth_96(residual: str) -> None:
     refuse_differing_bits(build(pattern="A", repeat=96, residual={**ON_GRID[residual], "grid_bits": 14}), torch.float32)
 

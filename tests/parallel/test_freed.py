@@ -19,6 +19,18 @@ from tests.contract.tiny import HYBRID, build
 
 MIXED = {**HYBRID, "residual": "reversible", "values": "resformer", "depth": "stochastic"}
 LADDER = {"residual": "ladder", "ffn": "moe"}
+EVERYDAY = [
+    (MIXED, "fsdp=2", "none"),
+    (LADDER, "tp=2,overlap=true", "none"),
+    (MIXED, "cp=2,context=ring", "none"),
+    (MIXED, "ep=4,ep_local=2,ep_chunks=2", "none"),
+    (MIXED, "pp=2,schedule=zbv", "none"),
+    (MIXED, "tp=2", "reversible"),
+]
+MORE = [
+    *((MIXED, mesh, "none") for mesh in ("tp=2", "cp=2", "ep=2", "etp=2", "pp=2", "pp=2,schedule=interleaved")),
+    *((MIXED, "tp=2", kind) for kind in MemoryConfig.kinds() if kind not in ("none", "reversible")),
+]
 
 
 def left(plain_config: dict[str, Any], mesh_config: MeshConfig, memory: MemoryConfig, steps: int) -> list[int]:
@@ -43,20 +55,7 @@ def left(plain_config: dict[str, Any], mesh_config: MeshConfig, memory: MemoryCo
 
 @pytest.mark.parametrize(
     ("fields", "mesh", "memory"),
-    [
-        (MIXED, "fsdp=2", "none"),
-        (MIXED, "tp=2", "none"),
-        (LADDER, "tp=2,overlap=true", "none"),
-        (MIXED, "cp=2", "none"),
-        (MIXED, "cp=2,context=ring", "none"),
-        (MIXED, "ep=2", "none"),
-        (MIXED, "ep=4,ep_local=2,ep_chunks=2", "none"),
-        (MIXED, "etp=2", "none"),
-        (MIXED, "pp=2", "none"),
-        (MIXED, "pp=2,schedule=interleaved", "none"),
-        (MIXED, "pp=2,schedule=zbv", "none"),
-        *((MIXED, "tp=2", kind) for kind in MemoryConfig.kinds() if kind != "none"),
-    ],
+    [*EVERYDAY, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_next_step_begins_with_no_more(fields: dict[str, Any], mesh: str, memory: str, pool: Pool) -> None:

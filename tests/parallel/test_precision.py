@@ -52,10 +52,11 @@ def errors(found: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, 
     return {name: check.error(found[name].double(), value.double(), floor) for name, value in reference.items()}
 
 
-@pytest.mark.parametrize(
-    "mesh", ["dp=2", "fsdp=2", "hsdp=2x2", "pp=2", "pp=2,schedule=zbv", "fsdp=2,pp=2,schedule=interleaved",
-             "fsdp=2,pp=2,schedule=zbv", "dp=2,pp=2,schedule=zero_bubble"],
-)  # fmt: skip
+EVERYDAY = ("fsdp=2", "hsdp=2x2", "pp=2,schedule=zbv", "fsdp=2,pp=2,schedule=interleaved")
+MORE = ("dp=2", "pp=2", "fsdp=2,pp=2,schedule=zbv", "dp=2,pp=2,schedule=zero_bubble")
+
+
+@pytest.mark.parametrize("mesh", [*EVERYDAY, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE)])
 def test_the_same_passes_give_the_same_gradients(mesh: str, pool: Pool) -> None:
     """Up to the order of float32 additions: 2^-24 for each of the passes, of terms that may be a few times their sum.
 
@@ -141,11 +142,13 @@ def losses_of_small_steps(plain: dict[str, Any], mesh: MeshConfig, batch: Batch,
     return still, losses
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(dp=2), MeshConfig(fsdp=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(), pytest.param(MeshConfig(dp=2), marks=pytest.mark.slow), MeshConfig(fsdp=2)], ids=str
+)
 def test_masters_take_up_steps_that_bfloat16_cannot_hold(mesh: MeshConfig, pool: Pool) -> None:
     """2e-5 is a thirtieth of bfloat16's step at 0.1, and a two-hundredth at 1: only masters can add such up."""
     config = build(num_layers=2)
     batch = made(config, mesh, 2)
-    for still, losses in pool.run(losses_of_small_steps, mesh.world_size, to_plain(config), mesh, batch, 60):
+    for still, losses in pool.run(losses_of_small_steps, mesh.world_size, to_plain(config), mesh, batch, 30):
         assert still == 0
-        assert losses[-1] < losses[0] - 0.01
+        assert losses[-1] < losses[0] - 0.005

@@ -141,10 +141,18 @@ def test_layouts_equal_one_process(mesh: str, pool: Pool) -> None:
     assert report.ok, report.wrong[:10]
 
 
+ALONGSIDE = ("pp=2,schedule=zero_bubble", "fsdp=2,pp=2,schedule=zbv", "tp=2,pp=2,schedule=dualpipev")
+
+
 @pytest.mark.parametrize(
-    "mesh", ["pp=2,schedule=zero_bubble", "fsdp=2,pp=2,schedule=zbv", "tp=2,pp=2,schedule=dualpipev"]
+    ("residual", "mesh"),
+    [
+        # Each kind on one of the meshes, in turn, to keep this short.
+        pytest.param(residual, mesh, marks=[] if place == turn else [pytest.mark.slow])
+        for turn, residual in enumerate(("mudd", "denseformer", "ladder"))
+        for place, mesh in enumerate(ALONGSIDE)
+    ],
 )
-@pytest.mark.parametrize("residual", ["mudd", "denseformer", "ladder"])
 def test_what_a_rank_keeps_equals_one_process(residual: str, mesh: str, pool: Pool) -> None:
     config = build(**{**HYBRID, "repeat": 2}, residual=residual, depth="skip_middle", values="resformer")
     report = check.run(config, MeshConfig.parse(mesh), None, pool, timeout=120)

@@ -126,7 +126,7 @@ def one_process(config: LMConfig, pp: int, mitigation: Mitigation) -> dict[str, 
     return {name: x for stage, _ in made for name, x in stage.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("pp", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mitigation", MITIGATIONS)
 def test_ranks_equal_stages_that_take_turns(mitigation: Mitigation, pp: int, pool: Pool) -> None:
     expected = one_process(CONFIG, pp, mitigation)
@@ -184,6 +184,7 @@ def run_config(data: Path, folder: Path, pp: int = 1, **engine: Any) -> RunConfi
     )
 
 
+@pytest.mark.slow
 def test_it_learns_as_synchronous_sgd_does(data: Path, tmp_path: Path, pool: Pool) -> None:
     """Over four stages, whose first one's gradients are six micro-batches late of eight."""
     runs.run(config := run_config(data, tmp_path / "native"))

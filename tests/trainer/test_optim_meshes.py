@@ -20,10 +20,11 @@ from tests.trainer.test_optim import GROUPS, optim
 from trainer.optim.base import one_step
 from trainer.schedule.base import ScheduleConfig
 
-MESHES = ("fsdp=2", "tp=2", "ep=2", "pp=2", "hsdp=2x2", "dp=2", "fsdp=2,tp=2,pp=2,schedule=zbv", "ep=2,fsdp=4")
+EVERYDAY = ("tp=2", "pp=2", "hsdp=2x2", "ep=2,fsdp=4")
+MORE = ("fsdp=2", "ep=2", "dp=2", "fsdp=2,tp=2,pp=2,schedule=zbv")
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*EVERYDAY, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE)])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_step_on_every_mesh_equals_one_process(kind: str, mesh: str, pool: Pool) -> None:
     """With groups, experts and a head tied to the embedding, whose copies on two stages must stay equal."""

@@ -113,8 +113,18 @@ def test_what_is_read_between_steps_is_the_host_s_copy() -> None:
         assert float(state["step"]) == 1 and bool((state["exp_avg"] != 0).all())
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2", "ep=2,fsdp=4", "fsdp=2,tp=2,pp=2,schedule=zbv"])
-@pytest.mark.parametrize("kind", sorted(OptimConfig.kinds()))
+MESHES = ("fsdp=2", "ep=2,fsdp=4", "fsdp=2,tp=2,pp=2,schedule=zbv")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        # Each kind on one of the meshes, in turn, to keep this short.
+        pytest.param(kind, mesh, marks=[] if place == turn % len(MESHES) else [pytest.mark.slow])
+        for turn, kind in enumerate(sorted(OptimConfig.kinds()))
+        for place, mesh in enumerate(MESHES)
+    ],
+)
 def test_a_step_on_every_mesh_equals_one_process(kind: str, mesh: str, pool: Pool) -> None:
     """Rounds must be cut alike by ranks that hold more and less of a parameter: Muon's gather in each of them."""
     model = build(**HYBRID, residual="hyper", tie_embeddings=True)

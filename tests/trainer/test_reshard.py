@@ -106,8 +106,15 @@ def wrong_after_load(path: Path, mesh: MeshConfig, tied: bool) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("text", MESHES)
+@pytest.mark.parametrize(
+    ("text", "tied"),
+    [
+        # An embedding that is tied is one parameter of two stages.
+        pytest.param(mesh, tied, marks=[pytest.mark.slow] if tied and "pp=" not in mesh else [])
+        for mesh in MESHES
+        for tied in (False, True)
+    ],
+)
 def test_any_mesh_to_any_mesh(tmp_path: Path, pool: Pool, text: str, tied: bool) -> None:
     """Through one process, and directly to the next mesh of the list."""
     mesh = MeshConfig.parse(text)

@@ -145,7 +145,9 @@ def waited_for(wait: str, pid: int, run: Path) -> bool:
             return metrics.is_file() and metrics.stat().st_size > 0
 
 
-@pytest.mark.parametrize("wait", ["import", pytest.param("compiling", marks=needs_compiler), "training"])
+@pytest.mark.parametrize(
+    "wait", ["import", pytest.param("compiling", marks=[needs_compiler, pytest.mark.slow]), "training"]
+)
 def test_a_process_that_gets_sigterm_exits_with_0(data: Path, tmp_path: Path, wait: str) -> None:
     """While it imports torch, while it compiles its layers, and while it trains."""
     compiling = wait == "compiling"

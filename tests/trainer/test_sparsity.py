@@ -95,8 +95,17 @@ def test_the_rule_written_out(until: int | None, offload: float | None) -> None:
     assert flips[1, 0] > 0
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2", "tp=2", "ep=2,fsdp=4", "fsdp=2,tp=2,pp=2,schedule=zbv"])
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        ("adamw", "tp=2"),
+        ("muon", "ep=2,fsdp=4"),
+        ("adamw", "fsdp=2,tp=2,pp=2,schedule=zbv"),
+        pytest.param("muon", "tp=2", marks=pytest.mark.slow),
+        pytest.param("adamw", "ep=2,fsdp=4", marks=pytest.mark.slow),
+        pytest.param("muon", "fsdp=2,tp=2,pp=2,schedule=zbv", marks=pytest.mark.slow),
+    ],
+)
 def test_every_mesh_equals_one_process(kind: str, mesh: str, pool: Pool) -> None:
     """With matrices whose rows ranks share so that blocks lie on two of them, and stacks of experts."""
     config = optim(kind, {"match": "*", "refresh": 1, "decay": 0.1}, offload=4096 / MIB)
