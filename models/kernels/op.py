@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import nn
 
 AUTO, REFERENCE, TRITON, FLOAT8 = "auto", "reference", "triton", "float8"
 FIRST_WITH_FLOAT8 = (8, 9)  # compute capability
+FIRST_TO_COUNT, FIRST_WITHOUT_LISTS = (3, 7), (2, 4)  # Triton's release whose interpreter needs no older NumPy
 KEY, EVERY = "kernels", "default"  # in a config: of all operations that it does not name
 
 Wanted = str | Mapping[str, str]  # of all operations, or by the name of each
@@ -83,9 +85,22 @@ def without_triton(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on a device."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'weft[triton]')"
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cuda":
         return None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return without_interpreter(importlib.import_module("triton").__version__, metadata.version("numpy"))
     return f"Triton's kernels need a GPU, or TRITON_INTERPRET=1 to try them slowly, where this is {device.type}"
+
+
+def without_interpreter(triton: str, numpy: str) -> str | None:
+    """Why Triton's interpreter cannot run: loops up to an argument of a kernel, of which older ones made a list."""
+    if release(triton) < FIRST_TO_COUNT and release(numpy) >= FIRST_WITHOUT_LISTS:
+        return f"the interpreter of Triton {triton} takes a NumPy before 2.4, where this is NumPy {numpy}"
+    return None
+
+
+def release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def without_float8(device: torch.device, dtype: torch.dtype) -> str | None:

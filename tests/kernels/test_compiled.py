@@ -1,11 +1,14 @@
 """Triton's kernels as parts of layers that torch.compile compiles."""
 
+import functools
+
 import pytest
 import torch
 
 from models.kernels.op import Op
 from models.lm import LM
 from models.params import initialize
+from parallel.compiled import compile_layers
 from tests.compilers import needs_compiler
 from tests.contract.tiny import build
 from tests.kernels.interpreted import poisoned
@@ -23,7 +26,7 @@ MODELS = {
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_compiled_model_equals_plain_torch(kind: str, backend: str) -> None:
+def test_a_compiled_model_equals_plain_torch(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and every gradient. aot_eager traces as inductor does, and compiles no C++, which takes minutes."""
     others, names = MODELS[kind]
     model = LM(build(num_layers=2, **others)).double()
@@ -40,8 +43,8 @@ def test_a_compiled_model_equals_plain_torch(kind: str, backend: str) -> None:
     assert {one.name for one in ops} == names
     for one in ops:
         one.choose("triton")
-    for layer in model.blocks:
-        layer.run = torch.compile(layer.run, dynamic=False, backend=backend)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    compile_layers(model)
     with poisoned():
         found = gradients()
     for ours, reference in zip(found, expected, strict=True):

@@ -63,6 +63,16 @@ def test_what_is_not_there_is_refused(wanted: Any, sentence: str) -> None:
         kernels.chosen(build(residual="mudd"), wanted, CPU, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.6", True), ("3.10.0+git1", "3.0.0rc1", True)],
+)
+def test_interpreters_that_cannot_count_are_refused(triton: str, numpy: str, runs: bool) -> None:
+    reason = op.without_interpreter(triton, numpy)
+    assert runs == (reason is None)
+    assert runs or reason == "the interpreter of Triton 3.6.0 takes a NumPy before 2.4, where this is NumPy 2.4.6"
+
+
 def test_one_word_for_all_and_one_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "without_triton", lambda device: None)
     model = build(residual="hyper", ffn="moe_plus_plus")
