@@ -86,7 +86,9 @@ def compare(function: Callable[..., Tensor], dtype: torch.dtype, shape: str, pac
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("kept", [0, 2**40], ids=["recomputed", "kept"])
+@pytest.mark.parametrize(
+    "kept", [pytest.param(0, id="recomputed", marks=pytest.mark.slow), pytest.param(2**40, id="kept")]
+)
 def test_a_compiler_calls_it_as_it_is(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits, compiled and not, between operations that a compiler lays out as it likes."""
     monkeypatch.setattr(blocked, "KEPT_BYTES", kept)

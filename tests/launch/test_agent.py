@@ -257,9 +257,10 @@ def test_only_the_cause_is_shown_in_full(tmp_path: Path) -> None:
     ("stalls", "said"),
     [
         ("os.kill(os.getpid(), signal.SIGSTOP)", r"does not answer, last seen in start-up; {rest}; {again}"),
-        (
+        pytest.param(
             "time.sleep(1000)",
             r"stays in start-up; {rest}; raise train\.timeout if that only takes long; {again}",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["stopped", "elsewhere"],

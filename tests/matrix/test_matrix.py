@@ -72,10 +72,10 @@ def assert_equal(config: LMConfig, mesh: str, pool: Pool, settings: check.Settin
 
 @pytest.mark.parametrize(
     ("slot", "kind", "mesh"),
-    [(*kind, mesh) for index, kind in enumerate(every_kind()) for mesh in EVERYDAY[index % 2 :: 2]],
+    [(*kind, EVERYDAY[turn % len(EVERYDAY)]) for turn, kind in enumerate(every_kind())],
 )
 def test_every_kind(slot: str, kind: str, mesh: str, pool: Pool) -> None:
-    """Two everyday meshes each, in turn, to keep this short; the slow test has them all."""
+    """An everyday mesh each, in turn, to keep this short; the slow test has them all."""
     assert_equal(of_kind(slot, kind), mesh, pool)
 
 
@@ -208,7 +208,7 @@ def check_draw(seed: int, pool: Pool) -> None:
     assert_equal(instantiate(LMConfig, to_plain(config)), str(mesh), pool, settings)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_combinations(seed: int, pool: Pool) -> None:
     check_draw(seed, pool)
 

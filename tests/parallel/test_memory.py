@@ -145,7 +145,7 @@ def test_odd_and_even_depths(depth: int, residual: str, kind: MemoryConfig) -> N
 def test_memory_does_not_grow_with_depth() -> None:
     """Undone layers: less than a hundredth of what a layer takes where all is kept. Stretches: less than layers."""
     most: dict[str, list[int]] = {}
-    for layers in (4, 24):
+    for layers in (8, 40):
         model = bench.model(layers)
         for kind in ("none", "selective", "full", "sqrt", "reversible", "offload", "offload_full"):
             memory(kind).apply(model)

@@ -60,7 +60,7 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
     "engines",
     [
         pytest.param([NATIVE, ZERO[3], NATIVE], id="native-3-native"),
-        pytest.param([ZERO[1], ACCELERATE, ZERO[2]], id="2-accelerate-2"),
+        pytest.param([ZERO[1], ACCELERATE, ZERO[2]], id="2-accelerate-2", marks=pytest.mark.slow),
         pytest.param([ZERO[4], ZERO[0], NATIVE], id="3-1-native", marks=pytest.mark.slow),
     ],
 )

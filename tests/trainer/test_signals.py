@@ -63,9 +63,17 @@ def run_interrupted(config: runs.RunConfig, phase: str, number: signal.Signals, 
         return train(config, mesh, stop=stop).step
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+ENDS = {"start-up": 0, "resuming": 0, "step": 2, "validation": 5, "saving": None}
+
+
 @pytest.mark.parametrize(
-    ("phase", "end"), [("start-up", 0), ("resuming", 0), ("step", 2), ("validation", 5), ("saving", None)]
+    ("phase", "end", "number"),
+    [
+        # One of the signals each, in turn, to keep this short.
+        pytest.param(phase, end, number, id=f"{phase}-{number.name}", marks=[pytest.mark.slow] if turn % 2 else [])
+        for begun, (phase, end) in enumerate(ENDS.items())
+        for turn, number in enumerate((signal.SIGTERM, signal.SIGUSR1), begun)
+    ],
 )
 def test_a_signal_in_any_phase(data: Path, tmp_path: Path, phase: str, end: int | None, number: signal.Signals) -> None:
     whole = runs.run_config(data, tmp_path / "whole", eval_every=2, save_every=2)
