@@ -17,7 +17,8 @@ from torch import nn
 
 AUTO, REFERENCE, TRITON, FLOAT8 = "auto", "reference", "triton", "float8"
 FIRST_WITH_FLOAT8 = (8, 9)  # compute capability
-FIRST_TO_COUNT, FIRST_WITHOUT_LISTS = (3, 7), (2, 4)  # Triton's release whose interpreter needs no older NumPy
+FIRST_TO_COUNT = (3, 7)  # release of Triton: its interpreter loops up to an argument of a kernel with any NumPy
+FIRST_TO_REFUSE = (2, 4)  # release of NumPy: an array of one element is no number any more
 KEY, EVERY = "kernels", "default"  # in a config: of all operations that it does not name
 
 Wanted = str | Mapping[str, str]  # of all operations, or by the name of each
@@ -93,8 +94,8 @@ def without_triton(device: torch.device) -> str | None:
 
 
 def without_interpreter(triton: str, numpy: str) -> str | None:
-    """Why Triton's interpreter cannot run: loops up to an argument of a kernel, of which older ones made a list."""
-    if release(triton) < FIRST_TO_COUNT and release(numpy) >= FIRST_WITHOUT_LISTS:
+    """Why Triton's interpreter, of these versions, cannot run kernels that loop up to an argument."""
+    if release(triton) < FIRST_TO_COUNT and release(numpy) >= FIRST_TO_REFUSE:
         return f"the interpreter of Triton {triton} takes a NumPy before 2.4, where this is NumPy {numpy}"
     return None
 

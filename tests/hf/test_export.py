@@ -23,6 +23,7 @@ from models.hf.export import CHECK_SHAPE, ExportConfig, export, write
 from models.lm import LM
 from tests.contract import draws, tiny
 from tests.hf import user
+from tests.slow import slow
 from trainer.data.tokenizers.sentencepiece import SentencePiece, TokenizerConfig
 
 OUTSIDE = "plugin-of-a-user"
@@ -245,7 +246,7 @@ def test_an_export_checks_itself_and_takes_its_name_last(tmp_path: Path) -> None
     assert config["eos_token_id"] == tokenizer.end_of_document
 
 
-@pytest.mark.parametrize("out", ["deep/out", "."])
+@pytest.mark.parametrize("out", ["deep/out", ".", *slow(["out"])])
 def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -15,6 +15,7 @@ from models.params import RMSNorm
 from tests.contract.tiny import build
 from tests.kernels.interpreted import compare, draw, implementation, poisoned
 from tests.parallel.test_memory import step
+from tests.slow import in_turn
 
 
 def normed(weight: Tensor) -> RMSNorm:
@@ -80,17 +81,7 @@ def test_running_a_step_again_has_its_bits() -> None:
     assert torch.equal(beside, call(total, (), 1.0, None, norm)[1])
 
 
-@pytest.mark.parametrize(
-    ("residual", "norm"),
-    [
-        ("reversible", "pre"),
-        ("midpoint", "post"),
-        ("multi_split", "pre"),
-        pytest.param("reversible", "post", marks=pytest.mark.slow),
-        pytest.param("midpoint", "pre", marks=pytest.mark.slow),
-        pytest.param("multi_split", "post", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("residual", "norm"), in_turn(("reversible", "midpoint", "multi_split"), ("pre", "post")))
 def test_a_model_that_is_undone_gets_the_bits_of_one_that_is_kept(
     residual: str, norm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from models.kernels.handover.reading import Reading, Squash
 from models.kernels.normed_product.reference import normed_product
 from models.kernels.stream_mix.reference import stream_mix
 from tests.kernels.interpreted import compare, draw
+from tests.slow import in_turn
 
 TOKENS = (3, 7)
 # Unscaled weights make values and gradients of some hundreds.
@@ -31,15 +32,10 @@ LAYOUTS = [(4, 1, 1, 6, 1), (4, 4, 4, 12, 2), (6, 3, 3, 12, 3), (3, 1, 1, 5, 1)]
 
 
 @pytest.mark.parametrize(
-    ("layout", "squash", "width"),
-    [
-        pytest.param(layout, squash, width, marks=[] if (turn + place) % 3 == 0 else [pytest.mark.slow])
-        for turn, (layout, width) in enumerate(itertools.product(LAYOUTS, (7, 129)))
-        for place, squash in enumerate(("tanh", "identity", "sigmoid"))
-    ],
+    ("sizes", "squash"), in_turn(itertools.product(LAYOUTS, (7, 129)), ("tanh", "identity", "sigmoid"))
 )
-def test_logits_of_rows(layout: tuple[int, int, int, int, int], squash: Squash, width: int) -> None:
-    rows, out, ways, count, stride = layout
+def test_logits_of_rows(sizes: tuple[tuple[int, int, int, int, int], int], squash: Squash) -> None:
+    (rows, out, ways, count, stride), width = sizes
     bias = [draw(width)] if squash != "sigmoid" else []
     small = draw(width, count), draw(width), draw(rows, ways), draw(1)
     written = draw(*TOKENS, rows, width), draw(*TOKENS, rows, rows), draw(*TOKENS, out, width), draw(*TOKENS, out, rows)

@@ -16,6 +16,7 @@ from parallel.testing import Pool
 from tests.contract.draws import MANY, draw
 from tests.contract.tiny import HYBRID, build, describe, every_kind, of_kind, plain
 from tests.matrix.meshes import EVERYDAY, MESHES
+from tests.slow import in_turn, slow
 
 COMBINATIONS: dict[str, LMConfig] = {
     "hybrid": build(**HYBRID, residual="hyper", values="resformer_learnable", norm="peri", tie_embeddings=True),
@@ -105,22 +106,16 @@ def everyday(mesh: str) -> bool:
     return mesh in chosen or MeshConfig.parse(mesh).world_size < 8
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param(mesh, marks=[] if everyday(mesh) else [pytest.mark.slow]) for mesh in MESHES]
-)
+@pytest.mark.parametrize("mesh", [*filter(everyday, MESHES), *slow(mesh for mesh in MESHES if not everyday(mesh))])
 def test_every_mesh(mesh: str, pool: Pool) -> None:
     assert_equal(LADDER if MeshConfig.parse(mesh).overlap else COMBINATIONS["hybrid"], mesh, pool)
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"),
-    [
-        pytest.param(name, mesh, marks=[pytest.mark.slow] if (place + turn) % 2 else [])
-        for turn, name in enumerate(("two_kv_heads", "one_kv_head"))
-        for place, mesh in enumerate(("tp=4", "tp=2", "tp=8", "cp=2,tp=4", "fsdp=2,tp=4", "tp=2,pp=2", "cp=4"))
-    ],
+    ("mesh", "name"),
+    in_turn(("tp=4", "tp=2", "tp=8", "cp=2,tp=4", "fsdp=2,tp=4", "tp=2,pp=2", "cp=4"), ("two_kv_heads", "one_kv_head")),
 )
-def test_fewer_key_value_heads_than_ranks(name: str, mesh: str, pool: Pool) -> None:
+def test_fewer_key_value_heads_than_ranks(mesh: str, name: str, pool: Pool) -> None:
     assert_equal(COMBINATIONS[name], mesh, pool)
 
 
@@ -208,7 +203,7 @@ def check_draw(seed: int, pool: Pool) -> None:
     assert_equal(instantiate(LMConfig, to_plain(config)), str(mesh), pool, settings)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [*range(4), *slow((4, 5))])
 def test_random_combinations(seed: int, pool: Pool) -> None:
     check_draw(seed, pool)
 

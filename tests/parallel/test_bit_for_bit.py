@@ -11,6 +11,7 @@ from models.memory.pareprop import PaRepropConfig
 from models.memory.reversible import ReversibleConfig
 from tests.contract.tiny import HYBRID, build
 from tests.parallel.test_memory import step
+from tests.slow import slow
 
 ON_GRID: dict[str, dict[str, Any]] = {
     "reversible": {"kind": "reversible"},
@@ -30,9 +31,7 @@ def refuse_differing_bits(config: LMConfig, dtype: torch.dtype) -> None:
         assert not differing, (kept.kind, len(differing), len(plain.gradients))
 
 
-@pytest.mark.parametrize(
-    "residual", ["reversible", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("midpoint", "split3"))]
-)
+@pytest.mark.parametrize("residual", ["reversible", *slow(["midpoint", "split3"])])
 def test_bit_for_bit_on_a_grid_at_depth_96(residual: str) -> None:
     refuse_differing_bits(build(pattern="A", repeat=96, residual={**ON_GRID[residual], "grid_bits": 14}), torch.float32)
 

@@ -16,6 +16,7 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, build
+from tests.slow import slow
 
 MIXED = {**HYBRID, "residual": "reversible", "values": "resformer", "depth": "stochastic"}
 LADDER = {"residual": "ladder", "ffn": "moe"}
@@ -55,7 +56,7 @@ def left(plain_config: dict[str, Any], mesh_config: MeshConfig, memory: MemoryCo
 
 @pytest.mark.parametrize(
     ("fields", "mesh", "memory"),
-    [*EVERYDAY, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+    [*EVERYDAY, *slow(MORE)],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_next_step_begins_with_no_more(fields: dict[str, Any], mesh: str, memory: str, pool: Pool) -> None:

@@ -18,6 +18,7 @@ from parallel.engine import Batch, Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, build, every_kind, of_kind
+from tests.slow import slow
 from trainer.optim.adamw import AdamWConfig
 
 HYBRID_MODEL = build(**HYBRID, residual="hyper", depth="skip_middle")
@@ -56,7 +57,7 @@ EVERYDAY = ("fsdp=2", "hsdp=2x2", "pp=2,schedule=zbv", "fsdp=2,pp=2,schedule=int
 MORE = ("dp=2", "pp=2", "fsdp=2,pp=2,schedule=zbv", "dp=2,pp=2,schedule=zero_bubble")
 
 
-@pytest.mark.parametrize("mesh", [*EVERYDAY, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE)])
+@pytest.mark.parametrize("mesh", [*EVERYDAY, *slow(MORE)])
 def test_the_same_passes_give_the_same_gradients(mesh: str, pool: Pool) -> None:
     """Up to the order of float32 additions: 2^-24 for each of the passes, of terms that may be a few times their sum.
 
@@ -142,13 +143,11 @@ def losses_of_small_steps(plain: dict[str, Any], mesh: MeshConfig, batch: Batch,
     return still, losses
 
 
-@pytest.mark.parametrize(
-    "mesh", [MeshConfig(), pytest.param(MeshConfig(dp=2), marks=pytest.mark.slow), MeshConfig(fsdp=2)], ids=str
-)
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=2), *slow([MeshConfig(dp=2)])], ids=str)
 def test_masters_take_up_steps_that_bfloat16_cannot_hold(mesh: MeshConfig, pool: Pool) -> None:
     """2e-5 is a thirtieth of bfloat16's step at 0.1, and a two-hundredth at 1: only masters can add such up."""
     config = build(num_layers=2)
     batch = made(config, mesh, 2)
-    for still, losses in pool.run(losses_of_small_steps, mesh.world_size, to_plain(config), mesh, batch, 30):
+    for still, losses in pool.run(losses_of_small_steps, mesh.world_size, to_plain(config), mesh, batch, 60):
         assert still == 0
-        assert losses[-1] < losses[0] - 0.005
+        assert losses[-1] < losses[0] - 0.01

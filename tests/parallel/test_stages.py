@@ -14,6 +14,7 @@ from parallel.mesh import MeshConfig
 from parallel.testing import Pool
 from tests.contract.draws import draw
 from tests.contract.tiny import HYBRID, build
+from tests.slow import in_turn
 
 SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
 
@@ -144,15 +145,7 @@ def test_layouts_equal_one_process(mesh: str, pool: Pool) -> None:
 ALONGSIDE = ("pp=2,schedule=zero_bubble", "fsdp=2,pp=2,schedule=zbv", "tp=2,pp=2,schedule=dualpipev")
 
 
-@pytest.mark.parametrize(
-    ("residual", "mesh"),
-    [
-        # Each kind on one of the meshes, in turn, to keep this short.
-        pytest.param(residual, mesh, marks=[] if place == turn else [pytest.mark.slow])
-        for turn, residual in enumerate(("mudd", "denseformer", "ladder"))
-        for place, mesh in enumerate(ALONGSIDE)
-    ],
-)
+@pytest.mark.parametrize(("residual", "mesh"), in_turn(("mudd", "denseformer", "ladder"), ALONGSIDE))
 def test_what_a_rank_keeps_equals_one_process(residual: str, mesh: str, pool: Pool) -> None:
     config = build(**{**HYBRID, "repeat": 2}, residual=residual, depth="skip_middle", values="resformer")
     report = check.run(config, MeshConfig.parse(mesh), None, pool, timeout=120)

@@ -24,6 +24,7 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig, Ranks
 from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, build, plain
+from tests.slow import slow
 
 EXPERTS = {
     **{kind: {"kind": "moe", "num_experts": 4, "hidden": 8, "router": {"kind": kind, **cls.example},
@@ -176,9 +177,7 @@ def test_a_sum_over_ranks_that_does_not_repeat_itself_is_seen(pool: Pool) -> Non
         assert ReversibleConfig().warning(report, {}, exact=True)
 
 
-@pytest.mark.parametrize(
-    "residual", ["reversible", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("midpoint", "multi_split"))]
-)
+@pytest.mark.parametrize("residual", ["reversible", *slow(["midpoint", "multi_split"])])
 def test_states_on_a_grid_come_back_bit_for_bit(residual: str) -> None:
     with mock.patch.object(GridConfig, "exact", False):
         assert drift(engine(torch.float32, repeat=96, residual={"kind": residual, "grid_bits": 14})) == 0

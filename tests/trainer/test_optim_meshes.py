@@ -15,6 +15,7 @@ from parallel import check
 from parallel.mesh import MeshConfig
 from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, build, plain
+from tests.slow import slow
 from tests.trainer import runs
 from tests.trainer.test_optim import GROUPS, optim
 from trainer.optim.base import one_step
@@ -24,7 +25,7 @@ EVERYDAY = ("tp=2", "pp=2", "hsdp=2x2", "ep=2,fsdp=4")
 MORE = ("fsdp=2", "ep=2", "dp=2", "fsdp=2,tp=2,pp=2,schedule=zbv")
 
 
-@pytest.mark.parametrize("mesh", [*EVERYDAY, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE)])
+@pytest.mark.parametrize("mesh", [*EVERYDAY, *slow(MORE)])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_step_on_every_mesh_equals_one_process(kind: str, mesh: str, pool: Pool) -> None:
     """With groups, experts and a head tied to the embedding, whose copies on two stages must stay equal."""

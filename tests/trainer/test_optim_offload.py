@@ -16,6 +16,7 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, build
+from tests.slow import in_turn
 from tests.trainer import runs
 from tests.trainer.test_optim import GROUPS, optim, stepped
 from trainer.config import RunConfig
@@ -116,15 +117,7 @@ def test_what_is_read_between_steps_is_the_host_s_copy() -> None:
 MESHES = ("fsdp=2", "ep=2,fsdp=4", "fsdp=2,tp=2,pp=2,schedule=zbv")
 
 
-@pytest.mark.parametrize(
-    ("kind", "mesh"),
-    [
-        # Each kind on one of the meshes, in turn, to keep this short.
-        pytest.param(kind, mesh, marks=[] if place == turn % len(MESHES) else [pytest.mark.slow])
-        for turn, kind in enumerate(sorted(OptimConfig.kinds()))
-        for place, mesh in enumerate(MESHES)
-    ],
-)
+@pytest.mark.parametrize(("kind", "mesh"), in_turn(sorted(OptimConfig.kinds()), MESHES))
 def test_a_step_on_every_mesh_equals_one_process(kind: str, mesh: str, pool: Pool) -> None:
     """Rounds must be cut alike by ranks that hold more and less of a parameter: Muon's gather in each of them."""
     model = build(**HYBRID, residual="hyper", tie_embeddings=True)

@@ -18,6 +18,7 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.compilers import needs_compiler
+from tests.slow import in_turn
 from tests.trainer import runs
 from trainer import checkpoint, loop, shardfiles
 from trainer.engines.native import NativeConfig
@@ -66,20 +67,13 @@ def run_interrupted(config: runs.RunConfig, phase: str, number: signal.Signals, 
 ENDS = {"start-up": 0, "resuming": 0, "step": 2, "validation": 5, "saving": None}
 
 
-@pytest.mark.parametrize(
-    ("phase", "end", "number"),
-    [
-        # One of the signals each, in turn, to keep this short.
-        pytest.param(phase, end, number, id=f"{phase}-{number.name}", marks=[pytest.mark.slow] if turn % 2 else [])
-        for begun, (phase, end) in enumerate(ENDS.items())
-        for turn, number in enumerate((signal.SIGTERM, signal.SIGUSR1), begun)
-    ],
-)
-def test_a_signal_in_any_phase(data: Path, tmp_path: Path, phase: str, end: int | None, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("phase", "number"), in_turn(ENDS, (signal.SIGTERM, signal.SIGUSR1)))
+def test_a_signal_in_any_phase(data: Path, tmp_path: Path, phase: str, number: signal.Signals) -> None:
     whole = runs.run_config(data, tmp_path / "whole", eval_every=2, save_every=2)
     parts = runs.run_config(data, tmp_path / "parts", eval_every=2, save_every=2)
     ended = run_interrupted(parts, phase, number)
     # The thread that saves is interrupted while the steps go on.
+    end = ENDS[phase]
     assert ended == end if end is not None else 2 <= ended < 6
     assert list(checkpoint.steps(tmp_path / "parts" / "checkpoints"))[-1] == ended
     assert runs.run_through(parts) == runs.run_through(whole)

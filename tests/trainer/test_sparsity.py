@@ -16,6 +16,7 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh, MeshConfig
 from parallel.testing import Pool
 from tests.contract.tiny import HYBRID, build
+from tests.slow import in_turn
 from tests.trainer import runs
 from trainer.config import RunConfig
 from trainer.optim.base import OptimConfig, two_steps
@@ -95,18 +96,11 @@ def test_the_rule_written_out(until: int | None, offload: float | None) -> None:
     assert flips[1, 0] > 0
 
 
-@pytest.mark.parametrize(
-    ("kind", "mesh"),
-    [
-        ("adamw", "tp=2"),
-        ("muon", "ep=2,fsdp=4"),
-        ("adamw", "fsdp=2,tp=2,pp=2,schedule=zbv"),
-        pytest.param("muon", "tp=2", marks=pytest.mark.slow),
-        pytest.param("adamw", "ep=2,fsdp=4", marks=pytest.mark.slow),
-        pytest.param("muon", "fsdp=2,tp=2,pp=2,schedule=zbv", marks=pytest.mark.slow),
-    ],
-)
-def test_every_mesh_equals_one_process(kind: str, mesh: str, pool: Pool) -> None:
+MESHES = ("tp=2", "ep=2,fsdp=4", "fsdp=2,tp=2,pp=2,schedule=zbv", "fsdp=2")
+
+
+@pytest.mark.parametrize(("mesh", "kind"), in_turn(MESHES, ("adamw", "muon")))
+def test_every_mesh_equals_one_process(mesh: str, kind: str, pool: Pool) -> None:
     """With matrices whose rows ranks share so that blocks lie on two of them, and stacks of experts."""
     config = optim(kind, {"match": "*", "refresh": 1, "decay": 0.1}, offload=4096 / MIB)
     settings = check.Settings(update=functools.partial(two_steps, config))
