@@ -106,12 +106,13 @@ def diverges(kinds: Mapping[str, str]) -> str:
 
 
 def spread(config: LMConfig) -> LM:
-    """A float64 model whose outputs vary from token to token more than those of a fresh one."""
+    """A float64 model whose outputs vary from token to token more than those of a fresh one. Matrices that do not
+    start small stay as they are: without norms FFNs multiply their inputs, which would leave float64."""
     model = LM(config).double()
     initialize(model, seed=1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and parameter.std() < 0.1:
                 parameter.mul_(8)
     return model
 

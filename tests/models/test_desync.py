@@ -17,7 +17,7 @@ from tests.connections import context
 from tests.contract.test_contract import KEYS, shaken
 from tests.contract.test_contract import tokens as batch
 from tests.contract.tiny import build as tiny
-from tests.contract.tiny import every_kind, plain
+from tests.contract.tiny import every_kind, of_matrices, plain
 from tests.models.residuals import build, perturb, tokens
 
 
@@ -112,6 +112,8 @@ def test_in_step_every_kind_is_the_plain_model(slot: str, kind: str) -> None:
     fields: dict[str, Any] = {slot: kind}
     if slot == "router":
         fields = {"ffn": {**plain("ffn", "moe"), slot: plain(slot, kind)}}
+    if slot == "matrix":
+        fields = {"ffn": of_matrices(kind)}
     try:
         LM(tiny(**fields, residual={"kind": "desync", "ranks": 2}))
     except ValueError as error:
