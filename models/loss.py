@@ -4,11 +4,17 @@ Losses are sums over tokens; the caller divides by one global token count.
 Shape suffixes: B batch, T sequence, D model width, V vocabulary.
 """
 
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels.in_float32 import Widening
 from models.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
+from models.kernels.op import FLOAT32
 from models.params import Axis, Normal, Role, declare
 
 __all__ = ["IGNORE", "Vocabulary", "count_targets"]
@@ -23,6 +29,18 @@ def lookup(weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:
     return F.embedding(tokens_BT, weight_VD)
 
 
+def operands(h_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    return h_BTD, weight_VD
+
+
+class Operands(Widening):
+    """What the cross-entropy multiplies, in the type of its products."""
+
+    name = "head"
+    reference: ClassVar[Callable[..., Any]] = staticmethod(operands)
+    others = MappingProxyType({FLOAT32: "models.kernels.in_float32:operands_in_float32"})
+
+
 class Vocabulary(nn.Module):
     """A matrix [V, D] with a row per token id: an embedding (the forward pass), a head, or both when they are tied.
 
@@ -34,6 +52,7 @@ class Vocabulary(nn.Module):
     def __init__(self, vocab_size: int, d_model: int, role: Role) -> None:
         super().__init__()
         declare(self, "weight", (vocab_size, d_model), Normal(0.02), (Axis("vocab", vocab_size), None), role=role)
+        self.operands = Operands()
         self.lookup = lookup
         self.cross_entropy = cross_entropy
 
@@ -46,7 +65,8 @@ class Vocabulary(nn.Module):
 
     def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """The sum (shape []) of the targets' cross-entropies."""
-        return self.cross_entropy(h_BTD, self.weight, targets_BT)
+        h_BTD, weight_VD = self.operands(h_BTD, self.weight)
+        return self.cross_entropy(h_BTD, weight_VD, targets_BT)
 
 
 def count_targets(targets_BT: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.buffers import reset_buffers
+from models.kernels.in_float32 import Widening
 from models.kernels.of_libraries import Library
-from models.kernels.op import FLOAT8, REFERENCE, Op, without_float8
+from models.kernels.op import FLOAT8, FLOAT32, REFERENCE, without_float8
 from models.kernels.rms_norm import rms_norm, rms_norm_rows, rms_norm_torch
 from models.limits import check_size
 
@@ -183,12 +184,14 @@ def initialize(model: nn.Module, seed: int) -> None:
     reset_buffers(model)
 
 
-class Linear(Op):
+class Linear(Widening):
     """`y_NO = x_ND @ weight_OD.T (+ bias_O)` with declared axes; `axis` splits outputs, `in_axis` inputs."""
 
     name = "linear"
     reference: ClassVar[Callable[..., Any]] = staticmethod(F.linear)
-    others = MappingProxyType({FLOAT8: "models.kernels.float8:float8_linear"})
+    others = MappingProxyType(
+        {FLOAT32: "models.kernels.in_float32:linear_in_float32", FLOAT8: "models.kernels.float8:float8_linear"}
+    )
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -213,17 +216,15 @@ class Linear(Op):
             del self.bias
             declare(self, "bias", (d_out,), bias_init or Constant(0.0), (axis,))
 
-    def order(self, device: torch.device) -> tuple[str, ...]:
-        """Not float8, whose numbers are others: it has to be asked for."""
-        return (REFERENCE,)
-
     def refusal(self, implementation: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        return without_float8(device, dtype) if implementation == FLOAT8 else None
+        if implementation == FLOAT8:
+            return without_float8(device, dtype)
+        return super().refusal(implementation, device, dtype)
 
     def choose(self, implementation: str) -> None:
-        """A matrix is asked; what gates and routers are made of stays as it is."""
+        """A matrix is asked for float8; what gates and routers are made of stays as it is."""
         spec: ParamSpec = self.__dict__["param_specs"]["weight"]
-        super().choose(implementation if spec.role == "matrix" else REFERENCE)
+        super().choose(REFERENCE if implementation == FLOAT8 and spec.role != "matrix" else implementation)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.call(x_ND, self.weight, self.bias)

@@ -10,7 +10,7 @@ from parallel.engine import Batch
 from parallel.mesh import Mesh
 from trainer import kernels
 from trainer.config import RunConfig
-from trainer.peak import matmul_peak, peak_memory, synchronize
+from trainer.peak import numbers_peak, peak_memory, synchronize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def bench(config: RunConfig, mesh: Mesh, steps: int, warmup: int) -> BenchResult
     """Time `steps` steps after `warmup` of them (a collective)."""
     if steps < 1 or warmup < 0:
         raise ValueError(f"steps is {steps} and warmup {warmup}; they must be at least 1 and 0")
-    peak = matmul_peak(mesh.device, getattr(torch, config.train.dtype))
+    peak = numbers_peak(mesh.device, getattr(torch, config.train.dtype))
     spent = cost(config.model, config.data.sequence_length)
     engine, optimizer = config.engine.build(config, mesh)
     kernels.choose(config, engine.models, mesh.device)

@@ -5,8 +5,6 @@ import time
 import torch
 
 ROUNDS = 3
-# Times bfloat16's speed from which float32 is worth a try: machines move by a tenth or two from round to round.
-NOTABLY = 1.25
 
 
 def matmul_peak(device: str, dtype: torch.dtype) -> float:
@@ -23,18 +21,10 @@ def matmul_peak(device: str, dtype: torch.dtype) -> float:
     return best
 
 
-def faster_in_float32(device: str, dtype: torch.dtype, peak: float) -> str | None:
-    """A sentence where this machine multiplies float32 notably faster than `dtype`, whose peak is given: bfloat16 on
-    processors without units for it."""
-    if device != "cpu" or dtype != torch.bfloat16:
-        return None
-    ratio = matmul_peak(device, torch.float32) / peak
-    if ratio < NOTABLY:
-        return None
-    return (
-        f"this machine multiplies matrices {ratio:.1f} times as fast in float32 as in bfloat16; "
-        "train.dtype=float32 is likely faster here, at twice the memory for activations"
-    )
+def numbers_peak(device: str, dtype: torch.dtype) -> float:
+    """`matmul_peak` of numbers of this type: on a CPU bfloat16's, in float32 if that is faster."""
+    either = device == "cpu" and dtype == torch.bfloat16
+    return max(matmul_peak(device, one) for one in ((dtype, torch.float32) if either else (dtype,)))
 
 
 def synchronize(device: str) -> None:

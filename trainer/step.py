@@ -14,7 +14,7 @@ from trainer.data.rows import on_device
 from trainer.data.samples import Samples
 from trainer.faults import Faults
 from trainer.metrics import StepMetrics, depth_used, dropped_picks, expert_loads
-from trainer.peak import faster_in_float32, matmul_peak, peak_memory
+from trainer.peak import numbers_peak, peak_memory
 from trainer.state import RunState, Updater
 from trainer.whereabouts import Whereabouts
 
@@ -39,12 +39,7 @@ class Stepper:
         self._flops = cost(config.model, config.data.sequence_length).flops_per_token
         # Rank 0 alone reports, and others that measured beside it would slow it down.
         dtype = getattr(torch, config.train.dtype)
-        self._peak = 1.0
-        if mesh.is_main:
-            peak = matmul_peak(mesh.device, dtype)
-            self._peak = peak * mesh.config.world_size
-            if sentence := faster_in_float32(mesh.device, dtype, peak):
-                warn(sentence)
+        self._peak = numbers_peak(mesh.device, dtype) * mesh.config.world_size if mesh.is_main else 1.0
 
     def take(self, state: RunState, asked: Callable[[], bool]) -> tuple[RunState, StepMetrics | None, bool]:
         """The state after one more step, what to report (None: the step was skipped), and whether any rank was `asked`

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-AUTO, REFERENCE, TRITON, FLOAT8 = "auto", "reference", "triton", "float8"
+AUTO, REFERENCE, TRITON, FLOAT8, FLOAT32 = "auto", "reference", "triton", "float8", "float32"
 FIRST_WITH_FLOAT8 = (8, 9)  # compute capability
 FIRST_TO_COUNT = (3, 7)  # release of Triton: its interpreter loops up to an argument of a kernel with any NumPy
 FIRST_TO_REFUSE = (2, 4)  # release of NumPy: an array of one element is no number any more

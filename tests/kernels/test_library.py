@@ -23,7 +23,7 @@ EXPERTS = {**plain("ffn", "moe"), "hidden": 8}
 def line(device: torch.device, dtype: torch.dtype, wanted: Any = "auto", mesh: str = "", **model: Any) -> str:
     """What it says of others than norms and matrices, which all models have, and than kernels of ours."""
     chosen = kernels.chosen(build(**model), wanted, device, dtype, MeshConfig.parse(mesh) if mesh else None)
-    left_out = "linear", "rms_norm", "combine", "permute", "queues"
+    left_out = "head", "linear", "rms_norm", "combine", "permute", "queues"
     found = kernels.line({name: one for name, one in chosen.items() if name not in left_out})
     return (found or "kernels: ").removeprefix("kernels: ")
 
@@ -73,7 +73,8 @@ def test_a_cpu_passes_nothing_over(mixer: Any, expected: str) -> None:
     assert line(CPU, torch.bfloat16, mixer=mixer) == expected
 
 
-def test_grouped_products_go_by_type_and_width() -> None:
+def test_grouped_products_go_by_type_and_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})
     odd = {**EXPERTS, "hidden": 6}
     why = "loop (torch: its rows are multiples of 16 bytes, where these have 12)"
     assert line(CPU, torch.bfloat16, ffn=EXPERTS) == "attention blocks, grouped_mm torch"
@@ -108,7 +109,7 @@ def test_what_one_layer_cannot_call_none_does(monkeypatch: pytest.MonkeyPatch) -
         (
             {"recurrence": "chunked"},
             {"mixer": "hgrn"},
-            "kernels.recurrence is given, and the model has no operation of this name; it has linear, rms_norm",
+            "kernels.recurrence is given, and the model has no operation of this name; it has head, linear, rms_norm",
         ),
         (
             {"grouped_mm": "torch"},

@@ -26,12 +26,13 @@ def there(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 
 def test_auto_goes_by_the_device(there: bool) -> None:
+    plain = "head reference, linear reference"
     chosen = kernels.chosen(build(residual="mudd"), "auto", CPU, torch.float32)
-    assert kernels.line(chosen) == "kernels: attention blocks, depth_mix reference, linear reference, rms_norm rows"
+    assert kernels.line(chosen) == f"kernels: attention blocks, depth_mix reference, {plain}, rms_norm rows"
     chosen = kernels.chosen(build(residual="mudd"), "auto", GPU, torch.float32)
     reason = " (triton: Triton is not installed (pip install 'weft[triton]'))"
     mixed = "triton" if there else "reference" + reason
-    assert kernels.line(chosen) == f"kernels: attention sdpa, depth_mix {mixed}, linear reference, rms_norm torch"
+    assert kernels.line(chosen) == f"kernels: attention sdpa, depth_mix {mixed}, {plain}, rms_norm torch"
 
 
 def test_what_cannot_be_called_is_refused(there: bool) -> None:
@@ -49,12 +50,12 @@ def test_what_cannot_be_called_is_refused(there: bool) -> None:
         (
             {"depthmix": "triton"},
             "kernels.depthmix is given, and the model has no operation of this name; it has attention, depth_mix, "
-            "linear, rms_norm",
+            "head, linear, rms_norm",
         ),
         (
             "cuda",
             "kernels is 'cuda', which no operation of the model has; use one of auto, reference, blocks, sdpa, triton, "
-            "float8, rows, torch",
+            "float32, float8, rows, torch",
         ),
     ],
 )
@@ -78,7 +79,7 @@ def test_one_word_for_all_and_one_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     model = build(residual="hyper", ffn="moe_plus_plus")
     wanted = {"default": "reference", "stream_mix": "triton"}
     found = {name: choice.implementation for name, choice in kernels.chosen(model, wanted, GPU, torch.float32).items()}
-    others = ("combine", "handover", "linear", "masked_gate", "normed_product", "permute", "queues")
+    others = ("combine", "handover", "head", "linear", "masked_gate", "normed_product", "permute", "queues")
     library = {"attention": "sdpa", "grouped_mm": "loop", "rms_norm": "torch"}
     assert found == {**dict.fromkeys(others, "reference"), "stream_mix": "triton", **library}
 

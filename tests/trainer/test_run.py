@@ -148,7 +148,7 @@ def test_it_learns_and_writes_what_it_says(data: Path, tmp_path: Path) -> None:
     assert list(checkpoint.steps(tmp_path / "run" / "checkpoints")) == [20, 30]
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     assert "step 30" in printed and "saved" in printed and "held-out loss" in printed
-    assert "kernels: attention blocks, linear reference, rms_norm rows" in printed
+    assert "kernels: attention blocks, head reference, linear reference, rms_norm rows" in printed
     again = train.main([str(tmp_path / "run" / "config.yaml"), "train.steps=31"])
     assert again == 0 and newest(tmp_path / "run").state.step == 31
 
@@ -165,7 +165,7 @@ def test_a_run_calls_the_implementations_that_it_asks_for(
     monkeypatch.setattr(Softmax, "implementations", {**Softmax.implementations, "sdpa": counted})
     config = runs.run_config(data, tmp_path / "run", steps=2)
     _, printed = runs.run(dataclasses.replace(config, kernels={"attention": "sdpa", "rms_norm": "reference"}))
-    assert "kernels: attention sdpa, linear reference, rms_norm torch" in printed
+    assert "kernels: attention sdpa, head reference, linear reference, rms_norm torch" in printed
     assert len(called) >= 2 * 2 * len(config.model.expanded)  # steps, micro-batches, layers
 
 
