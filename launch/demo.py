@@ -35,7 +35,7 @@ PROMPTS = ("def __init__(self, ", "import os", "class ", "    if not isinstance(
 class Size:
     """How much of everything: enough to see it learn, in some minutes."""
 
-    text_bytes, vocab_size, valid_bytes, steps = 12_000_000, 8192, 200_000, 330
+    text_bytes, vocab_size, valid_bytes, steps = 12_000_000, 8192, 200_000, 300
     changes: ClassVar[dict[str, Any]] = {}
 
 
