@@ -37,7 +37,7 @@ def bench(config: RunConfig, mesh: Mesh, steps: int, warmup: int) -> BenchResult
     peak = numbers_peak(mesh.device, getattr(torch, config.train.dtype))
     spent = cost(config.model, config.data.sequence_length)
     engine, optimizer = config.engine.build(config, mesh)
-    kernels.choose(config, engine.models, mesh.device)
+    kernels.choose(config, engine)
     generator = torch.Generator().manual_seed(mesh.data_rank)
     rows = config.train.micro_batch * config.micro_batches
     shape = (rows, config.data.sequence_length + 1)

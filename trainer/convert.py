@@ -15,7 +15,7 @@ from parallel.distillation import Student, Teacher
 from parallel.engine import Engine
 from parallel.following import LayerByLayer
 from parallel.mesh import Mesh
-from trainer import checkpoint
+from trainer import checkpoint, kernels
 from trainer.checkpoint import FOLDER, Checkpoint
 from trainer.config import RunConfig
 from trainer.conversion import Plan, Request
@@ -57,8 +57,8 @@ def convert(
     say: Callable[[str], object],
     warn: Callable[[str], object],
 ) -> Report:
-    """Write the request's folder (a collective). say: is told each loss as it is known. warn: that the distillation did
-    harm, if it did.
+    """Write the request's folder (a collective). say: is told each loss as it is known. warn: of what does not go as
+    was asked, or did harm.
 
     Raises FloatingPointError where learning breaks down, and OSError where the folder cannot be written; it does not
     exist then.
@@ -67,6 +67,7 @@ def convert(
     data, held_out = samples(config), evaluated_rows(config)
     settings = {"seed": config.run.seed, "dtype": getattr(torch, config.train.dtype)}
     teacher = Teacher(plan.source.model, mesh, **settings)
+    kernels.choose_again(config, teacher, warn)
     load(plan.path, teacher)
     source = loss(teacher, held_out, config, limit, console)
     say(f"{plan.path}: held-out loss {source:.4f} nats per token")
@@ -79,6 +80,7 @@ def convert(
         compile=config.train.compile and steps + plan.fit > 0,
         **settings,
     )
+    kernels.choose(config, student)
     load(plan.path, student)
     converted = loss(student, held_out, config, limit, console)
     say(f"converted to {config.model.residual.kind}: held-out loss {converted:.4f}")

@@ -13,7 +13,7 @@ from configs.structure import instantiate
 from models.hf.folder import is_exported, read_config
 from models.limits import at_least
 from parallel.mesh import MeshConfig
-from trainer import checkpoint
+from trainer import checkpoint, kernels
 from trainer.config import RunConfig
 from trainer.data.fitting import fitting_stream, fitting_tokenizer
 from trainer.data.sequences import Sequences
@@ -123,7 +123,11 @@ def run(request: Request, mesh: str | None = None) -> Report:
     if is_exported(request.model):
         refuse_mesh(request.model, mesh)
         return run_exported(request, console)
-    path = checkpoint.choose(request.model, lambda text: say(console, f"weft: warning: {text}"))
+
+    def warn(text: str) -> None:
+        say(console, f"weft: warning: {text}")
+
+    path = checkpoint.choose(request.model, warn)
     config: RunConfig = instantiate(RunConfig, checkpoint.read(path).config)
     sizes = request.sizes(config.data.sequence_length)
     prefix = None if request.texts else request.prefix(config)
@@ -134,6 +138,7 @@ def run(request: Request, mesh: str | None = None) -> Report:
         vocab_size = config.model.vocab_size
         stream, tokenizer = request.stream(prefix, config.data.tokenizer, vocab_size, console, group.is_main)
         engine = build_engine(config, group)
+        kernels.choose_again(config, engine, warn)
         load(path, engine)
         micro_batch = request.micro_batch or config.train.micro_batch
         result = score(engine, Sequences(stream, *sizes), micro_batch, request.limit, tokenizer, console)

@@ -1,6 +1,6 @@
 """Which implementation of its operations a run calls."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from parallel.context import goes_round
 from parallel.mesh import MeshConfig
 
 if TYPE_CHECKING:
+    from parallel.engine import Engine
     from trainer.config import RunConfig
 
 
@@ -53,19 +54,30 @@ def refuse_beside_ring(wanted: Wanted) -> None:
         )
 
 
-def choose(config: "RunConfig", models: Iterable[LM], device: str) -> dict[str, Choice]:
-    """Choose as the run asks, and have all operations of these models, which may be stages of its own, called so.
+def choose(config: "RunConfig", engine: "Engine", wanted: Wanted | None = None) -> dict[str, Choice]:
+    """Choose as the run asks, or is `wanted`, and have all operations of the engine's model called so.
 
     Raises ValueError for what cannot be called there.
     """
-    dtype = getattr(torch, config.train.dtype)
-    by_name = chosen(config.model, config.kernels, torch.device(device), dtype, config.mesh)
-    for model in models:
+    mesh, dtype = engine.mesh, getattr(torch, config.train.dtype)
+    asked_for = config.kernels if wanted is None else wanted
+    by_name = chosen(engine.config, asked_for, torch.device(mesh.device), dtype, mesh.config)
+    for model in engine.models:
         for name, ops in ops_of(model).items():
             for op in ops:
                 if by_name[name].implementation != RING:
                     op.choose(by_name[name].implementation)
     return by_name
+
+
+def choose_again(config: "RunConfig", engine: "Engine", warn: Callable[[str], object]) -> None:
+    """Choose for what a run trained, perhaps elsewhere: where what it asked for cannot be called, by `auto`, and warn
+    of that."""
+    try:
+        choose(config, engine)
+    except ValueError as error:
+        warn(f"{error}: {AUTO} is taken here")
+        choose(config, engine, AUTO)
 
 
 def line(by_name: Mapping[str, Choice]) -> str | None:

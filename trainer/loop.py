@@ -77,7 +77,7 @@ def run(config: RunConfig, mesh: Mesh, launch: Launch, console: Console, stop: S
 
     where.at("start-up, building the model")
     engine, optimizer = config.engine.build(config, mesh)
-    chosen = kernels.choose(config, engine.models, mesh.device)
+    chosen = kernels.choose(config, engine)
     if launch.fresh:
         on_main(mesh.is_main, lambda: retire(folder))
 
