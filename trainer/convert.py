@@ -80,7 +80,7 @@ def convert(
         compile=config.train.compile and steps + plan.fit > 0,
         **settings,
     )
-    kernels.choose(config, student)
+    kernels.choose_again(config, student, warn)
     load(plan.path, student)
     converted = loss(student, held_out, config, limit, console)
     say(f"converted to {config.model.residual.kind}: held-out loss {converted:.4f}")

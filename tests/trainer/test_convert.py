@@ -83,6 +83,15 @@ def test_without_steps_it_converts_only(capsys: pytest.CaptureFixture[str], tmp_
     assert plain.keys() == made.keys() and all(torch.equal(plain[name], made[name]) for name in plain)
 
 
+def test_kernels_that_the_machine_lacks_are_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, source: Path
+) -> None:
+    words = ["--residual", "midpoint", "--steps", "0", "kernels={linear: float8}"]
+    assert main(["convert", str(source), str(tmp_path / "out"), *words]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "kernels.linear is float8" in line]
+    assert len(warnings) == 2 and all(line.endswith(": auto is taken here") for line in warnings)
+
+
 def test_a_distillation_that_did_harm_is_told_of(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, source: Path
 ) -> None:
